@@ -1,0 +1,146 @@
+"""Core's own rules, registered through the same hooks as any plugin's. There is no private door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from bittern.hooks import hookimpl
+from bittern.records import (
+    Algorithm,
+    Exporter,
+    ModuleRule,
+    NumberFormat,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    RecipeSource,
+    Slot,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bittern.records import Plan
+
+INPUT = Slot("input", channel_axis=-1)
+OUTPUT = Slot("output", channel_axis=-1)
+WEIGHT = Slot("weight", kind="weight", tensor="weight", channel_axis=0)
+
+
+@hookimpl
+def register_modules() -> list[ModuleRule]:
+    """Linear, Embedding, Conv1d to Conv3d."""
+    convs = [
+        ModuleRule(
+            target=f"torch.nn.modules.conv:Conv{n}d",
+            quantized=f"bittern.nn.conv:QuantConv{n}d",
+            slots=(WEIGHT, Slot("input", channel_axis=1), Slot("output", channel_axis=1)),
+        )
+        for n in (1, 2, 3)
+    ]
+    return [
+        ModuleRule(
+            target="torch.nn.modules.linear:Linear",
+            quantized="bittern.nn.linear:QuantLinear",
+            slots=(WEIGHT, INPUT, OUTPUT),
+        ),
+        ModuleRule(
+            target="torch.nn.modules.linear:NonDynamicallyQuantizableLinear",
+            quantized=None,
+            reason="nn.MultiheadAttention reads its weight without calling it",
+        ),
+        ModuleRule(
+            target="torch.nn.modules.sparse:Embedding",
+            quantized="bittern.nn.linear:QuantEmbedding",
+            slots=(WEIGHT, OUTPUT),
+        ),
+        *convs,
+    ]
+
+
+@hookimpl
+def register_formats() -> list[NumberFormat]:
+    """int8, int4, fp8 (e4m3)."""
+    return [
+        NumberFormat(
+            name="int8",
+            bits=8,
+            codec="bittern.numerics.codec:IntCodec",
+            params={"bits": 8},
+            weight_granularity=PerChannel(0),
+            description="8-bit integers; weights per channel, activations per tensor",
+        ),
+        NumberFormat(
+            name="int4",
+            bits=4,
+            codec="bittern.numerics.codec:IntCodec",
+            params={"bits": 4},
+            weight_granularity=PerGroup(128),
+            description="4-bit integers in groups of 128",
+        ),
+        NumberFormat(
+            name="fp8",
+            bits=8,
+            kind="float",
+            codec="bittern.numerics.codec:FloatCodec",
+            params={"dtype": "float8_e4m3fn"},
+            weight_granularity=PerTensor(),
+            description="8-bit floats, e4m3 (largest value 448), per tensor",
+        ),
+    ]
+
+
+@hookimpl
+def register_algorithms() -> list[Algorithm]:
+    """Max calibration."""
+    return [
+        Algorithm(
+            name="max",
+            run="bittern.calibration.max:run_max",
+            needs=frozenset({"data"}),
+            description="every range is the largest magnitude seen",
+        )
+    ]
+
+
+@hookimpl
+def register_exporters() -> list[Exporter]:
+    """Core's own safetensors export."""
+    return [
+        Exporter(
+            name="safetensors",
+            write="bittern.exporting.plain:write_plain",
+            verify="bittern.exporting.plain:verify_plain",
+            client="safetensors",
+            description="codes and scales in one safetensors file, the plan in bittern.json",
+        )
+    ]
+
+
+@hookimpl
+def register_recipes() -> list[RecipeSource]:
+    """The recipes in ``builtin/recipes``."""
+    descriptions = {
+        "base": "nothing quantized; heads and routers are skipped",
+        "int8": "W8A8: int8 weights per channel, int8 activations per tensor, static",
+        "int8-weight-only": "int8 weights per channel, activations as they are; needs no data",
+        "int4": "int4 weights in groups of 128, activations as they are; needs no data",
+        "fp8": "W8A8: fp8 e4m3 weights and activations per tensor, static",
+        "fp8-dynamic": "fp8 e4m3 weights per channel, activations per token; needs no data",
+    }
+    return [
+        RecipeSource(
+            name=name,
+            package="bittern.builtin",
+            resource=f"recipes/{name}.yaml",
+            description=description,
+        )
+        for name, description in descriptions.items()
+    ]
+
+
+@hookimpl(trylast=True)
+def run_calibration(model: nn.Module, plan: Plan, forward: Callable[[], int]) -> int:
+    """Run the data pass as it is."""
+    return forward()

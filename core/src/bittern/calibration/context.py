@@ -1,0 +1,30 @@
+"""What a calibration algorithm is given besides the model and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from bittern.nn.observer import SharedInputs
+from bittern.runtime import SILENT, Progress
+
+__all__ = ["CalibrationContext", "Forward"]
+
+# Runs all data through the model once and returns the number of batches.
+Forward = Callable[[], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationContext:
+    """Services for an algorithm.
+
+    Attributes:
+        shared: Deduplicates statistics of shared inputs and knows the running batch.
+        access: Makes a module's weights real tensors: ``with access(module, write=False): ...``.
+        progress: Shows where long work is.
+    """
+
+    shared: SharedInputs
+    access: Callable[..., AbstractContextManager[None]]
+    progress: Progress = SILENT

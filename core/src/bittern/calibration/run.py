@@ -1,0 +1,117 @@
+"""Runs the calibration steps of a plan over the data."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from bittern.calibration.context import CalibrationContext, Forward
+from bittern.errors import CalibrationError, DataError
+from bittern.nn import named_quantizers
+from bittern.nn.observer import SharedInputs
+from bittern.records import CalibrationSummary, ModelAdapter, Plan
+from bittern.registry import Registry, resolve
+from bittern.runtime import SILENT, Data, Progress, call_forward, evaluating, length_of, prepare
+
+__all__ = ["run_calibration"]
+
+log = logging.getLogger("bittern.calibration")
+
+
+def run_calibration(
+    model: nn.Module,
+    plan: Plan,
+    data: Data | None,
+    *,
+    registry: Registry,
+    adapter: ModelAdapter,
+    access: Callable[..., AbstractContextManager[None]],
+    wrap: Callable[[Forward], int],
+    progress: Progress = SILENT,
+) -> CalibrationSummary:
+    """Run the plan's algorithms, left to right.
+
+    Args:
+        model: The converted model; it is run in eval mode without gradients.
+        plan: Its plan.
+        data: Batches, or a function that runs the model; not touched when no step needs it.
+        registry: Knows the algorithms.
+        adapter: What the model's framework knows.
+        access: Makes a module's weights real.
+        wrap: Runs a data pass through the ``run_calibration`` hook.
+        progress: Shows where it is.
+
+    Raises:
+        CalibrationError: Data is needed and missing, or NaN or Inf was met.
+        DataError: The data holds no usable batch.
+    """
+    start = time.perf_counter()
+    shared = SharedInputs()
+    context = CalibrationContext(shared=shared, access=access, progress=progress)
+    batches = 0
+
+    def forward() -> int:
+        nonlocal batches
+        assert data is not None
+        batches = wrap(lambda: _pass(model, data, adapter, shared, progress))
+        return batches
+
+    steps = [(registry.algorithms.get(name), options) for name, options in plan.algorithm]
+    needs = frozenset().union(*(step.needs for step, _ in steps)) if steps else frozenset()
+    needed = ("data" in needs and plan.needs_data) or bool(needs - {"data"})
+    if needed and data is None:
+        static = next(e for e in plan.entries if e.kind == "activation" and not e.spec.dynamic)
+        raise CalibrationError(
+            f"the recipe {plan.recipe!r} needs calibration data "
+            f"({static.module}.{static.slot} is static), and there is none",
+            hint="give data (--data FILE), or use a recipe with dynamic activations",
+        )
+    with evaluating(model):
+        for step, options in steps:
+            function = resolve(step.run, plugin=registry.algorithms.plugin(step.name))
+            _check_options(function, step.name, options)
+            function(model, plan, forward if needed else None, context, **options)
+    uncalibrated = tuple(name for name, q in named_quantizers(model) if not q.calibrated)
+    for name in uncalibrated:
+        log.warning("%s saw no data and stays unquantized", name)
+    return CalibrationSummary(
+        batches=batches, seconds=time.perf_counter() - start, uncalibrated=uncalibrated
+    )
+
+
+def _check_options(function: Callable[..., Any], name: str, options: Mapping[str, object]) -> None:
+    known = [
+        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    for option in options:
+        if option not in known:
+            raise CalibrationError(
+                f"the algorithm {name!r} has no option {option!r}",
+                hint=f"it has {', '.join(known)}" if known else "it has none",
+            )
+
+
+def _pass(
+    model: nn.Module, data: Data, adapter: ModelAdapter, shared: SharedInputs, progress: Progress
+) -> int:
+    if callable(data) and not hasattr(data, "__iter__"):
+        call_forward(data, model)
+        return 1
+    count = 0
+    raw: Any
+    for raw in progress.track(data, "calibrating", total=length_of(data)):
+        shared.batch = count
+        prepare(raw, model, adapter, index=count).run(model)
+        count += 1
+    if count == 0:
+        raise DataError(
+            "the calibration data holds no batch",
+            hint="an iterator can be used up only once; give a list or a DataLoader",
+        )
+    return count

@@ -1,0 +1,86 @@
+"""Applies a plan: swaps classes in place and attaches quantizers. Nothing is computed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bittern.errors import PlanError
+from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules, restore_class
+from bittern.nn.module import swap_class
+from bittern.records import Plan
+from bittern.registry import Registry, resolve
+
+__all__ = ["convert", "plan_of", "revert"]
+
+_PLAN = "_bittern_plan"
+
+
+def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
+    """Convert ``model`` in place.
+
+    Modules that an earlier plan converted are reverted first. Every class is resolved before the
+    first module changes, so a plugin's mistake leaves the model as it was.
+
+    Args:
+        model: The model the plan was made for.
+        plan: The plan.
+        registry: Gives the kernels.
+
+    Raises:
+        PluginError: A rule's quantized class does not resolve.
+        PlanError: The plan is for another model, or a quantized class is no QuantModule.
+    """
+    modules = dict(model.named_modules())
+    by_module = plan.by_module()
+    plugins = {entry.module: entry.plugin for entry in plan.entries}
+    classes: dict[str, type[QuantModule]] = {}
+    for path in by_module:
+        if path not in modules:
+            raise PlanError(
+                f"the plan names {path!r}, which this model does not have",
+                hint="make the plan from this very model",
+            )
+        found = resolve(plan.classes[path], plugin=plugins[path])
+        if not (isinstance(found, type) and issubclass(found, QuantModule)):
+            raise PlanError(
+                f"{plan.classes[path]} of plugin {plugins[path]} is no QuantModule",
+                where=path,
+                hint="derive it from bittern.nn.QuantModule",
+            )
+        classes[path] = found
+    revert(model)
+    kernels = registry.kernels
+    for path, slots in by_module.items():
+        quantizers = {
+            slot: TensorQuantizer(
+                entry.spec,
+                name=f"{path}.{slot}" if path else slot,
+                tensor=entry.tensor,
+                kernels=kernels,
+            )
+            for slot, entry in slots.items()
+        }
+        swap_class(modules[path], classes[path], quantizers)
+    setattr(model, _PLAN, plan)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Return the plan a model was converted with.
+
+    Raises:
+        PlanError: The model is not quantized.
+    """
+    plan = getattr(model, _PLAN, None)
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            "this model is not quantized", hint="call bittern.quantize(model, recipe) first"
+        )
+    return plan
+
+
+def revert(model: nn.Module) -> None:
+    """Give every converted module its original class back and remove the quantizers."""
+    for _, module in list(named_quant_modules(model)):
+        restore_class(module)
+    if hasattr(model, _PLAN):
+        delattr(model, _PLAN)

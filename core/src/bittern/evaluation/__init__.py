@@ -1,0 +1,7 @@
+"""How good a model is and what quantization cost it."""
+
+from bittern.evaluation.fold import folded_weights
+from bittern.evaluation.metrics import token_nll
+from bittern.evaluation.run import logits_of, run_evaluation
+
+__all__ = ["folded_weights", "logits_of", "run_evaluation", "token_nll"]

@@ -1,0 +1,86 @@
+"""Output directories that are whole or not there: write beside, rename at the end."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bittern.errors import OutputError
+
+__all__ = ["check_output", "staged_directory"]
+
+
+def check_output(path: Path) -> None:
+    """Raise unless ``path`` can become an output directory, before any work is done.
+
+    Raises:
+        OutputError: It exists and is not empty, or is a file, or its parent cannot be written.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise OutputError(
+            "the output path exists and is not a directory",
+            where=str(path),
+            hint="choose another --output",
+        )
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(
+            "the output directory is not empty",
+            where=str(path),
+            hint="choose another --output, or remove it first",
+        )
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OutputError(f"{parent} is not a directory", where=str(path))
+
+
+@contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory beside ``path``; rename it to ``path`` when the block ends well.
+
+    When the block raises, Ctrl-C included, nothing is left.
+
+    Raises:
+        OutputError: The path cannot be used, or the disk is full.
+    """
+    check_output(path)
+    path = path.absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    except OSError as error:
+        raise _explained(error, path) from error
+    try:
+        stage.chmod(0o755)  # mkdtemp makes it private
+        yield stage
+        check_output(path)
+        if path.is_dir():
+            path.rmdir()
+        stage.rename(path)
+    except OSError as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise _explained(error, path) from error
+    except BaseException as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise OutputError(
+                "the disk is full", where=str(path), hint="free space, or choose another --output"
+            ) from error
+        raise
+
+
+def _explained(error: OSError, path: Path) -> OutputError:
+    if error.errno == errno.ENOSPC:
+        return OutputError(
+            "the disk is full", where=str(path), hint="free space, or choose another --output"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OutputError(
+            "no permission to write there", where=str(path), hint="choose another --output"
+        )
+    return OutputError(f"cannot write: {error}", where=str(path))

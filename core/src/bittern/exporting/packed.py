@@ -1,0 +1,93 @@
+"""The quantized weights of a model, as codes and scales: what every exporter packs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bittern.errors import ExportError
+from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules, named_quantizers
+from bittern.numerics import Quantized, quantize
+from bittern.records import Plan
+
+__all__ = ["PackedModule", "check_calibrated", "packed_modules", "plain_tensors"]
+
+
+@dataclass(frozen=True)
+class PackedModule:
+    """One quantized module, ready to be written.
+
+    Attributes:
+        path: Dotted path.
+        module: The live module.
+        weights: Parameter name to its codes and scales.
+        inputs: Slot to the scale of a static activation quantizer, float32.
+        quantizers: Slot to quantizer.
+    """
+
+    path: str
+    module: QuantModule
+    weights: Mapping[str, Quantized]
+    inputs: Mapping[str, Tensor]
+    quantizers: Mapping[str, TensorQuantizer]
+
+
+def check_calibrated(model: nn.Module) -> None:
+    """Raise if a static quantizer has no scale.
+
+    Raises:
+        ExportError: With the first names and what to do.
+    """
+    missing = [name for name, q in named_quantizers(model) if not q.calibrated]
+    if missing:
+        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise ExportError(
+            f"{len(missing)} quantizers saw no data: {some}",
+            hint="calibrate with data that reaches them, or switch their slot off in the recipe",
+        )
+
+
+def packed_modules(
+    model: nn.Module, access: Callable[..., AbstractContextManager[None]]
+) -> Iterator[PackedModule]:
+    """Yield the quantized modules one by one, packed; only one is in memory at a time."""
+    for path, module in named_quant_modules(model):
+        slots = module.slots()
+        weights: dict[str, Quantized] = {}
+        inputs: dict[str, Tensor] = {}
+        with access(module, write=False):
+            for slot, quantizer in slots.items():
+                if quantizer.tensor is not None:
+                    tensor = getattr(module, quantizer.tensor).detach()
+                    weights[quantizer.tensor] = quantize(tensor, quantizer.spec, quantizer.scales)
+                elif quantizer.scale is not None:
+                    inputs[slot] = quantizer.scale
+        yield PackedModule(path, module, weights, inputs, slots)
+
+
+def plain_tensors(model: nn.Module, plan: Plan, *, dtype: str | None) -> dict[str, Tensor]:
+    """Return the tensors that stay as they are, shared storage once, in their dtype on disk.
+
+    Args:
+        model: The converted model.
+        plan: Its plan; the weights it quantizes are left out.
+        dtype: Name of the dtype on disk of floating tensors, ``None`` for the one in memory.
+    """
+    packed = {entry.parameter for entry in plan.entries}
+    wanted = getattr(torch, dtype) if dtype is not None else None
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in model.state_dict().items():
+        if name in packed or not isinstance(tensor, Tensor):
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.storage_offset())
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        convert = wanted is not None and tensor.is_floating_point()
+        found[name] = (tensor.to(wanted) if convert else tensor).contiguous()
+    return found

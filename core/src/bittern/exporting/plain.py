@@ -1,0 +1,90 @@
+"""Core's own export: one safetensors file and bittern.json. Needs no framework on either side.
+
+Layout: ``{path}.{tensor}`` holds the codes (int8, or the float8 dtype; int4 codes one per byte),
+``{path}.{tensor}_scale`` the float32 scales, ``{path}.{slot}_scale`` those of static activation
+quantizers; every other tensor keeps its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from bittern.errors import VerificationError
+from bittern.exporting.context import ExportContext, Written
+from bittern.exporting.packed import packed_modules, plain_tensors
+from bittern.exporting.record import ExportRecord, checksum, checksums
+from bittern.numerics import dequantize
+from bittern.records import ExportReport, Finding, Verification
+
+__all__ = ["verify_plain", "write_plain"]
+
+NAME = "safetensors"
+TENSORS = "model.safetensors"
+
+
+def write_plain(model: nn.Module, path: Path, context: ExportContext) -> Written:
+    """Write ``model.safetensors`` into ``path``."""
+    plan = context.plan
+    tensors = plain_tensors(model, plan, dtype=context.adapter.dtype)
+    simulated: dict[str, int] = {}
+    total = len(plan.modules)
+    packed = packed_modules(model, context.access)
+    for item in context.progress.track(packed, "packing", total=total):
+        prefix = f"{item.path}." if item.path else ""
+        for name, weight in item.weights.items():
+            tensors[f"{prefix}{name}"] = weight.codes
+            tensors[f"{prefix}{name}_scale"] = weight.scales.scale.contiguous()
+            simulated[f"{prefix}{name}"] = checksum(dequantize(weight).float())
+        for slot, scale in item.inputs.items():
+            tensors[f"{prefix}{slot}_scale"] = scale.contiguous()
+    save_file({k: v.detach().cpu() for k, v in tensors.items()}, path / TENSORS)
+    return Written(
+        report=ExportReport(
+            path=str(path), format=NAME, tensors=len(tensors), quantized=len(simulated)
+        ),
+        tensors=checksums(tensors),
+        weights=simulated,
+    )
+
+
+def verify_plain(path: Path, record: ExportRecord | None) -> Verification:
+    """Read the files back and compare every tensor with what was written."""
+    if record is None:
+        raise VerificationError("there is no bittern.json", where=str(path))
+    try:
+        tensors: dict[str, Tensor] = load_file(path / TENSORS)
+    except (OSError, SafetensorError) as error:
+        finding = Finding(TENSORS, f"cannot be read: {error}", "export the model again")
+        return Verification(ok=False, path=str(path), client=NAME, findings=(finding,))
+    findings = compare_checksums(record, checksums(tensors))
+    return Verification(
+        ok=not findings,
+        path=str(path),
+        client=NAME,
+        findings=tuple(findings),
+        checks=(f"{len(tensors)} tensors read back",),
+    )
+
+
+def compare_checksums(record: ExportRecord, found: dict[str, int]) -> list[Finding]:
+    """Return a finding for every tensor that is missing, unexpected or changed."""
+    findings = [
+        Finding(name, "is missing", "export the model again")
+        for name in record.tensors
+        if name not in found
+    ]
+    findings += [
+        Finding(name, "was not written by the export", "remove it, or export the model again")
+        for name in found
+        if name not in record.tensors
+    ]
+    findings += [
+        Finding(name, "changed since it was written", "export the model again")
+        for name, value in found.items()
+        if record.tensors.get(name, value) != value
+    ]
+    return findings

@@ -1,0 +1,248 @@
+"""Loads plugins, keeps a record of what became of each, and calls their hooks."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from bittern.errors import PluginError
+from bittern.hooks import specs
+from bittern.hooks.attribution import attribute
+from bittern.hooks.discovery import (
+    PluginOptions,
+    PluginRecord,
+    Status,
+    check_probes,
+    check_requirements,
+    discover,
+)
+from bittern.hooks.markers import PROJECT
+
+__all__ = ["BUILTIN", "PluginManager"]
+
+BUILTIN = "bittern"
+
+log = logging.getLogger("bittern.plugins")
+
+
+class PluginManager:
+    """The plugins of one Toolkit.
+
+    Loading never raises and is never silent: every plugin has a `PluginRecord`. It raises only
+    for a plugin that was asked for by name, or when ``options.strict`` is set.
+
+    Args:
+        options: Which plugins to load.
+        builtin: The module with core's own hook implementations.
+        records: Candidates; ``None`` discovers what is installed.
+
+    Raises:
+        PluginError: A plugin that was asked for by name cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        options: PluginOptions | None = None,
+        *,
+        builtin: ModuleType | None = None,
+        records: Iterable[PluginRecord] | None = None,
+    ) -> None:
+        self.options = options if options is not None else PluginOptions.from_environment()
+        self._pm = pluggy.PluginManager(PROJECT)
+        self._pm.add_hookspecs(specs)
+        self._records: dict[tuple[str, str], PluginRecord] = {}
+        if builtin is not None:
+            self._pm.register(builtin, name=BUILTIN)
+        candidates = list(discover() if records is None else records)
+        # pluggy calls the last registered first: register in reverse, so that calls go by name.
+        for record in sorted(candidates, key=lambda r: (r.name, r.distribution), reverse=True):
+            self._keep(self._load(record))
+        for file in self.options.files:
+            self._keep(self._load_file(Path(file)))
+        self._require(self.options.required)
+
+    # --- loading ---
+
+    @property
+    def records(self) -> tuple[PluginRecord, ...]:
+        """Every plugin that was found, sorted by name."""
+        return tuple(sorted(self._records.values(), key=lambda r: (r.name, r.distribution)))
+
+    def _keep(self, record: PluginRecord) -> None:
+        self._records[record.name, record.distribution] = record
+        if record.status is Status.FAILED:
+            log.warning("plugin %s failed to load: %s", record.label, record.reason)
+
+    def _load(self, record: PluginRecord) -> PluginRecord:
+        if record.answers_to(self.options.block):
+            return replace(record, status=Status.BLOCKED, reason="blocked by name")
+        if self.options.allow is not None and not record.answers_to(self.options.allow):
+            return replace(
+                record, status=Status.BLOCKED, reason="not in the list of allowed plugins"
+            )
+        if record.status is not Status.FOUND:
+            return record
+        record = check_requirements(record)
+        if record.status is not Status.FOUND:
+            return record
+        return self._import(record, lambda: importlib.import_module(record.entry))
+
+    def _load_file(self, path: Path) -> PluginRecord:
+        record = PluginRecord(
+            name=path.stem, distribution=str(path), version="", entry=f"bittern_file_{path.stem}"
+        )
+
+        def load() -> ModuleType:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist")
+            spec = importlib.util.spec_from_file_location(record.entry, path)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{path} is not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[record.entry] = module  # its own string targets must resolve
+            spec.loader.exec_module(module)
+            return module
+
+        record = self._import(record, load)
+        if not record.active:
+            raise PluginError(
+                f"the plugin file {path} could not be loaded: {record.reason}",
+                hint="fix the file, or leave out --plugin",
+            )
+        return record
+
+    def _import(self, record: PluginRecord, load: Any) -> PluginRecord:
+        start = time.perf_counter()
+        try:
+            module = load()
+            record = check_probes(record, getattr(module, "target_modules", ()))
+            if record.status is Status.FOUND:
+                record = self._register(record, module)
+        except Exception as error:  # whatever a plugin does must not cost anybody else anything
+            record = replace(
+                record,
+                status=Status.FAILED,
+                reason=f"{type(error).__name__}: {error}",
+                traceback=traceback.format_exc(),
+                remedy=f"pip install -U {record.distribution}",
+            )
+        return replace(record, milliseconds=(time.perf_counter() - start) * 1e3)
+
+    def _register(self, record: PluginRecord, module: ModuleType) -> PluginRecord:
+        key = f"{record.name}@{record.distribution}"
+        self._pm.register(module, name=key)
+        trace = sys.stderr.write if self.options.trace else None
+        names: list[str] = []
+        unknown: list[str] = []
+        for caller in self._pm.get_hookcallers(module) or ():
+            if not caller.has_spec():
+                unknown.append(caller.name)
+                continue
+            names.append(caller.name)
+            for impl in caller.get_hookimpls():
+                if impl.plugin is module:
+                    impl.function = attribute(  # type: ignore[misc]
+                        impl.function,
+                        label=record.label,
+                        name=record.name,
+                        hook=caller.name,
+                        trace=trace,
+                    )
+        if unknown:
+            return replace(
+                record,
+                status=Status.PARTIAL,
+                hooks=tuple(sorted(names)),
+                reason=f"this version of bittern has no hook {', '.join(sorted(unknown))}",
+                remedy="pip install -U bittern",
+            )
+        return replace(record, status=Status.LOADED, hooks=tuple(sorted(names)))
+
+    def _require(self, names: Iterable[str]) -> None:
+        for name in names:
+            matching = [r for r in self.records if r.answers_to([name])]
+            if not matching:
+                raise PluginError(
+                    f"the plugin {name!r} is not installed",
+                    hint=f"pip install bittern-{name}"
+                    if "-" not in name
+                    else f"pip install {name}",
+                )
+            if not any(r.status is Status.LOADED for r in matching):
+                raise self._unusable(matching[0])
+        if self.options.strict:
+            for record in self.records:
+                if record.status not in (Status.LOADED, Status.BLOCKED):
+                    raise self._unusable(record)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise `PluginError` unless all of ``names`` are loaded (a recipe's ``requires``)."""
+        self._require(tuple(names))
+
+    @staticmethod
+    def _unusable(record: PluginRecord) -> PluginError:
+        return PluginError(
+            f"plugin {record.label} is {record.status}: {record.reason}",
+            hint=record.remedy or None,
+        )
+
+    # --- calling ---
+
+    def collect(self, hook: str, **arguments: Any) -> Iterator[tuple[Any, str, bool]]:
+        """Call every implementation of a hook that returns records.
+
+        Yields:
+            ``(record, plugin label, is builtin)``, builtin first, then plugins by name.
+
+        Raises:
+            PluginError: An implementation failed, or returned something else than its records.
+        """
+        wanted = specs.RETURNS[hook]
+        for impl in getattr(self._pm.hook, hook).get_hookimpls():
+            label, builtin = self._who(impl.plugin_name)
+            result = impl.function(*(arguments[name] for name in impl.argnames))
+            if result is None:
+                continue
+            try:
+                items = list(result)
+            except TypeError:
+                items = [result]
+            for item in items:
+                if type(item).__name__ != wanted or not hasattr(item, "__dataclass_fields__"):
+                    raise PluginError(
+                        f"plugin {label} returned a {type(item).__name__} from {hook}, "
+                        f"which must return {wanted} records",
+                        hint=f"return a list of bittern.records.{wanted}",
+                    )
+                yield item, label, builtin
+
+    def first(self, hook: str, **arguments: Any) -> Any:
+        """Call a ``resolve_*`` or ``run_*`` hook: the first answer that is not ``None``."""
+        return getattr(self._pm.hook, hook)(**arguments)
+
+    def notify(self, hook: str, **arguments: Any) -> None:
+        """Call a hook whose results do not matter."""
+        getattr(self._pm.hook, hook)(**arguments)
+
+    def implementations(self, hook: str) -> tuple[str, ...]:
+        """Return the labels of the plugins that implement ``hook``."""
+        impls = getattr(self._pm.hook, hook).get_hookimpls()
+        return tuple(self._who(impl.plugin_name)[0] for impl in impls)
+
+    def _who(self, key: str) -> tuple[str, bool]:
+        if key == BUILTIN:
+            return BUILTIN, True
+        name, _, distribution = key.partition("@")
+        record = self._records.get((name, distribution))
+        return (record.label if record is not None else key), False

@@ -1,0 +1,21 @@
+"""TensorQuantizer and the quantized modules."""
+
+from bittern.nn.module import (
+    QuantModule,
+    named_quant_modules,
+    named_quantizers,
+    original_class,
+    quantizers_off,
+    restore_class,
+)
+from bittern.nn.quantizer import TensorQuantizer
+
+__all__ = [
+    "QuantModule",
+    "TensorQuantizer",
+    "named_quant_modules",
+    "named_quantizers",
+    "original_class",
+    "quantizers_off",
+    "restore_class",
+]

@@ -1,0 +1,115 @@
+"""QuantModule: a module whose class was swapped in place for a quantized subclass.
+
+The swap keeps the object, its parameters and their names, its hooks, its place in the model and
+its ``isinstance`` answers; it adds one child `TensorQuantizer` per slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from bittern.nn.quantizer import TensorQuantizer
+
+__all__ = [
+    "QuantModule",
+    "named_quant_modules",
+    "named_quantizers",
+    "original_class",
+    "quantizers_off",
+    "restore_class",
+    "swap_class",
+]
+
+SUFFIX = "_quantizer"
+
+
+class QuantModule(nn.Module):
+    """Base of the mixins that plugins and core write: quantized forward passes.
+
+    A subclass implements ``forward`` for the class its rule targets and calls ``self.quantize``
+    on the tensors of its slots. A slot without a quantizer passes its tensor unchanged.
+    """
+
+    original_class: type[nn.Module]
+
+    def quantize(self, slot: str, x: Tensor) -> Tensor:
+        """Return ``x`` through the quantizer of ``slot``, unchanged where there is none."""
+        quantizer = self._modules.get(slot + SUFFIX)
+        result: Tensor = x if quantizer is None else quantizer(x)
+        return result
+
+    def quantizer(self, slot: str) -> TensorQuantizer | None:
+        """Return the quantizer of ``slot``."""
+        found = self._modules.get(slot + SUFFIX)
+        return found if isinstance(found, TensorQuantizer) else None
+
+    def slots(self) -> dict[str, TensorQuantizer]:
+        """Return the quantizers by slot."""
+        return {
+            name.removesuffix(SUFFIX): child
+            for name, child in self._modules.items()
+            if isinstance(child, TensorQuantizer)
+        }
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def swap_class(
+    module: nn.Module, quantized: type[QuantModule], quantizers: dict[str, TensorQuantizer]
+) -> None:
+    """Turn ``module`` into an instance of ``quantized`` and its own class, in place."""
+    own = type(module)
+    key = (quantized, own)
+    if key not in _CLASSES:
+        name = f"Quant{own.__name__}"
+        body = {"original_class": own, "__module__": quantized.__module__, "__qualname__": name}
+        _CLASSES[key] = type(name, (quantized, own), body)
+    module.__class__ = _CLASSES[key]
+    for slot, quantizer in quantizers.items():
+        module.add_module(slot + SUFFIX, quantizer.train(module.training))
+
+
+def restore_class(module: nn.Module) -> None:
+    """Undo `swap_class`; a module that was never swapped stays as it is."""
+    if isinstance(module, QuantModule):
+        for slot in list(module.slots()):
+            del module._modules[slot + SUFFIX]
+        own: Any = original_class(module)
+        module.__class__ = own
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class a module had before conversion."""
+    return module.original_class if isinstance(module, QuantModule) else type(module)
+
+
+def named_quant_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:
+    """Yield ``(path, module)`` of every converted module."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantModule):
+            yield name, module
+
+
+def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
+    """Yield ``("module.path.slot", quantizer)`` of every quantizer."""
+    for name, module in named_quant_modules(model):
+        for slot, quantizer in module.slots().items():
+            yield (f"{name}.{slot}" if name else slot), quantizer
+
+
+@contextmanager
+def quantizers_off(model: nn.Module) -> Iterator[None]:
+    """Switch every quantizer of a model off: it computes what the original did, bit for bit."""
+    were_on = [q for _, q in named_quantizers(model) if q.enabled]
+    try:
+        for quantizer in were_on:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer in were_on:
+            quantizer.enabled = True

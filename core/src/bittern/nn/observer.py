@@ -1,0 +1,104 @@
+"""Statistics of activations during calibration, kept on the device: no host sync per batch."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bittern.numerics import amax
+from bittern.records import Granularity
+
+__all__ = ["MaxObserver", "Observer", "SharedInputs"]
+
+
+class SharedInputs:
+    """Remembers the amax of tensors just seen, so that q/k/v reduce their shared input once.
+
+    One instance serves all quantizers during a calibration. A remembered amax is used only for the
+    very same tensor object with no write in between; tensors without a version counter (made under
+    ``inference_mode``) are never remembered. Only the last few tensors are kept: consumers of one
+    input run close together.
+
+    Attributes:
+        batch: Index of the batch that is running, set by the calibration loop.
+    """
+
+    def __init__(self, *, remember: int = 4) -> None:
+        self.batch = 0
+        self._remember = remember
+        self._seen: list[tuple[weakref.ref[Tensor], int, Granularity, Tensor]] = []
+
+    def amax(self, x: Tensor, granularity: Granularity) -> Tensor:
+        """Return ``amax(x, granularity)``, computed at most once per tensor."""
+        if x.is_inference():
+            return amax(x, granularity)
+        for reference, version, kind, value in self._seen:
+            if reference() is x and version == x._version and kind == granularity:
+                return value
+        value = amax(x, granularity)
+        self._seen.append((weakref.ref(x), x._version, granularity, value))
+        if len(self._seen) > self._remember:
+            del self._seen[0]
+        return value
+
+
+class Observer(Protocol):
+    """Collects the statistics of one static activation quantizer."""
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one tensor."""
+        ...
+
+    def result(self) -> Tensor | None:
+        """Return the amax, ``None`` if no tensor was seen."""
+        ...
+
+    def first_bad_batch(self) -> int | None:
+        """Return the index of the first batch with NaN or Inf, ``None`` if there was none."""
+        ...
+
+
+class MaxObserver:
+    """Running maximum of ``|x|``.
+
+    NaN and Inf propagate through the running maximum. The number of calls before it turned bad is
+    counted on the device and read once at the end, which names the batch without a sync in the
+    loop.
+
+    Args:
+        granularity: Which elements share a scale.
+        shared: Shared with the other quantizers of the model.
+    """
+
+    def __init__(self, granularity: Granularity, shared: SharedInputs) -> None:
+        self._granularity = granularity
+        self._shared = shared
+        self._amax: Tensor | None = None
+        self._good: Tensor | None = None
+        self._batches: list[int] = []
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take in one tensor; an empty one (an expert without tokens) counts for nothing."""
+        if x.numel() == 0:
+            return
+        value = self._shared.amax(x, self._granularity)
+        self._amax = value if self._amax is None else torch.maximum(self._amax, value)
+        finite = self._amax.isfinite()
+        finite = finite.all() if finite.dim() else finite
+        self._good = finite.long() if self._good is None else self._good + finite
+        self._batches.append(self._shared.batch)
+
+    def result(self) -> Tensor | None:
+        """Return the largest magnitude seen."""
+        return self._amax
+
+    def first_bad_batch(self) -> int | None:
+        """Return the index of the first batch with NaN or Inf."""
+        if self._good is None:
+            return None
+        good = int(self._good)
+        return self._batches[good] if good < len(self._batches) else None

@@ -1,0 +1,128 @@
+"""Granularity as tensor layout: views in which the scale broadcasts, and amax over them.
+
+Shapes for an input of shape ``(..., n)``: PerTensor ``()``; PerChannel ``(1, .., c, .., 1)``;
+PerToken ``(..., 1)``; PerGroup(g) ``(..., ceil(n / g))``; PerBlock(r, c)
+``(..., ceil(m / r), ceil(n / c))``. Partial groups and blocks are padded virtually with zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bittern.errors import NumericsError
+from bittern.records import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
+
+__all__ = ["amax", "as_blocks", "expand_scale", "from_blocks", "scale_shape"]
+
+
+def as_blocks(x: Tensor, granularity: Granularity) -> Tensor:
+    """Return ``x`` as a view (a padded copy for partial groups) in which scales broadcast."""
+    match granularity:
+        case PerGroup(size=size):
+            n = x.shape[-1]
+            if n % size:
+                x = torch.nn.functional.pad(x, (0, size - n % size))
+            return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+        case PerBlock(rows=rows, cols=cols):
+            m, n = x.shape[-2], x.shape[-1]
+            if m % rows or n % cols:
+                x = torch.nn.functional.pad(x, (0, -n % cols, 0, -m % rows))
+            *lead, m, n = x.shape
+            return x.reshape(*lead, m // rows, rows, n // cols, cols).transpose(-3, -2)
+        case _:
+            return x
+
+
+def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> Tensor:
+    """Undo `as_blocks`: return a tensor of ``shape``, padding cut off."""
+    match granularity:
+        case PerGroup():
+            return blocks.flatten(-2)[..., : shape[-1]].reshape(shape)
+        case PerBlock():
+            flat = blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+            return flat[..., : shape[-2], : shape[-1]].reshape(shape)
+        case _:
+            return blocks
+
+
+def expand_scale(scale: Tensor, granularity: Granularity) -> Tensor:
+    """Return ``scale`` so that it broadcasts against `as_blocks` of its tensor."""
+    match granularity:
+        case PerGroup():
+            return scale.unsqueeze(-1)
+        case PerBlock():
+            return scale.unsqueeze(-1).unsqueeze(-1)
+        case _:
+            return scale
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
+    """Return the shape of the scale of a tensor of ``shape``.
+
+    Raises:
+        NumericsError: The tensor has too few dimensions for the granularity.
+    """
+    _check_rank(len(shape), granularity)
+    match granularity:
+        case PerTensor():
+            return ()
+        case PerChannel(axis=axis):
+            keep = axis % len(shape)
+            return tuple(size if i == keep else 1 for i, size in enumerate(shape))
+        case PerToken():
+            return (*shape[:-1], 1)
+        case PerGroup(size=size):
+            return (*shape[:-1], -(-shape[-1] // size))
+        case PerBlock(rows=rows, cols=cols):
+            return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // cols))
+
+
+def amax(x: Tensor, granularity: Granularity) -> Tensor:
+    """Return the largest magnitude per scale, float32; NaN and Inf propagate.
+
+    Args:
+        x: Any floating tensor. An empty one has amax 0.
+        granularity: Which elements share a scale.
+
+    Raises:
+        NumericsError: ``x`` is not a real floating tensor, or has too few dimensions.
+    """
+    if not x.is_floating_point():
+        raise NumericsError(
+            f"cannot quantize a tensor of dtype {x.dtype}", hint="floating tensors only"
+        )
+    shape = scale_shape(x.shape, granularity)
+    if x.numel() == 0:
+        return torch.zeros(shape, dtype=torch.float32, device=x.device)
+    match granularity:
+        case PerTensor():
+            low, high = torch.aminmax(x)  # one pass, no temporary; abs().amax() makes one
+            return torch.maximum(-low, high).float()
+        case PerChannel(axis=axis):
+            keep = axis % x.dim()
+            dims = tuple(i for i in range(x.dim()) if i != keep)
+            return x.abs().amax(dim=dims, keepdim=True).float() if dims else x.abs().float()
+        case PerToken():
+            return x.abs().amax(dim=-1, keepdim=True).float()
+        case PerGroup():
+            return as_blocks(x, granularity).abs().amax(dim=-1).float()
+        case PerBlock():
+            return as_blocks(x, granularity).abs().amax(dim=(-2, -1)).float()
+
+
+def _check_rank(rank: int, granularity: Granularity) -> None:
+    match granularity:
+        case PerTensor():
+            return
+        case PerChannel(axis=axis):
+            needed = axis + 1 if axis >= 0 else -axis
+        case PerBlock():
+            needed = 2
+        case _:
+            needed = 1
+    if rank < needed:
+        raise NumericsError(
+            f"a tensor with {rank} dimensions has no granularity {granularity}",
+            hint=f"it needs at least {needed}; granularity: tensor always works",
+        )

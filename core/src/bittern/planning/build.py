@@ -1,0 +1,223 @@
+"""Brings a recipe and a model together: one pass over the modules, nothing is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from bittern.config import Recipe, SpecModel
+from bittern.errors import PlanError, RecipeError
+from bittern.nn import original_class
+from bittern.planning.match import Matcher
+from bittern.planning.specs import resolve_spec
+from bittern.records import ModelAdapter, ModuleRule, Plan, PlanEntry
+from bittern.registry import ClassTable, Match, Registry, nearest
+
+__all__ = ["build_plan"]
+
+
+@dataclass
+class _Rule:
+    """A recipe rule with its matcher and what it met."""
+
+    matcher: Matcher
+    specs: Mapping[str, SpecModel | None]
+    label: str
+    seen: set[str] = field(default_factory=set)
+    usable: bool = False
+
+
+def build_plan(
+    model: nn.Module,
+    recipe: Recipe,
+    registry: Registry,
+    *,
+    adapter: ModelAdapter | None = None,
+    modules: ClassTable[ModuleRule] | None = None,
+) -> Plan:
+    """Decide for every module of ``model`` whether and how it is quantized.
+
+    Args:
+        model: The model; converted modules are planned as what they were.
+        recipe: A whole recipe.
+        registry: Formats and algorithms.
+        adapter: What the model's framework knows; gives roles.
+        modules: Module rules; the registry's by default.
+
+    Raises:
+        RecipeError: A pattern matches nothing (with ``strict``), or a spec is impossible.
+        PlanError: Nothing would be quantized.
+    """
+    adapter = adapter if adapter is not None else ModelAdapter()
+    table = modules if modules is not None else registry.modules
+    rules = [
+        _Rule(Matcher(rule.match), rule.specs(), f"rule {i}: {rule.match}")
+        for i, rule in enumerate(recipe.rules)
+    ]
+    skips = [Matcher(match) for match in recipe.skip]
+    if recipe.kv_cache is not None:
+        raise RecipeError("kv_cache is not supported by this version", hint="leave out kv_cache")
+    entries: list[PlanEntry] = []
+    skipped: dict[str, str] = {}
+    classes: dict[str, str] = {}
+    warnings: list[str] = []
+    for path, module in _own_modules(model):
+        cls = original_class(module)
+        wanted = _wanted(rules, path, cls, adapter.roles)
+        bearing = any(True for _ in module.parameters(recurse=False))
+        match = table.find(module, cls)
+        usable = isinstance(match, Match) and match.rule.quantized is not None
+        for rule in rules:
+            rule.usable = rule.usable or (path in rule.seen and usable)
+        if not any(spec is not None for spec, _ in wanted.values()):
+            if bearing:
+                skipped[path] = (
+                    "switched off by the recipe" if wanted else "no recipe rule names it"
+                )
+            continue
+        skip = next((s for s in skips if s(path, cls, adapter.roles)), None)
+        if skip is not None:
+            if bearing:
+                skipped[path] = f"the recipe skips {skip}"
+            continue
+        if not isinstance(match, Match) or match.rule.quantized is None:
+            if bearing:
+                reason = match.rule.reason if isinstance(match, Match) else match.reason
+                skipped[path] = reason or f"no plugin has a rule for {cls.__qualname__}"
+            continue
+        found = list(_entries(path, module, match, wanted, registry, warnings=warnings))
+        if found:
+            entries.extend(found)
+            classes[path] = match.rule.quantized
+        elif bearing:
+            skipped[path] = "no slot of the recipe fits it"
+    _check_patterns(rules, recipe, model, warnings)
+    if not entries:
+        raise PlanError(
+            f"the recipe {recipe.name!r} quantizes nothing in this model",
+            hint="; ".join(f"{path}: {why}" for path, why in list(skipped.items())[:3]) or None,
+        )
+    algorithm = tuple((step.name, step.options) for step in recipe.algorithm)
+    for name, _ in algorithm:
+        registry.algorithms.get(name)  # an unknown name is an error now, not after the data
+    before, after = _bytes(model, entries, adapter.dtype)
+    return Plan(
+        recipe=recipe.name,
+        entries=tuple(entries),
+        skipped=skipped,
+        algorithm=algorithm,
+        classes=classes,
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes_before=before,
+        bytes_after=after,
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the model's modules, without the quantizers that conversion added."""
+    from bittern.nn import TensorQuantizer
+
+    for path, module in model.named_modules():
+        if not isinstance(module, TensorQuantizer):
+            yield path, module
+
+
+def _wanted(
+    rules: list[_Rule], path: str, cls: type, roles: Mapping[str, str]
+) -> dict[str, tuple[SpecModel | None, str]]:
+    wanted: dict[str, tuple[SpecModel | None, str]] = {}
+    for rule in rules:
+        if rule.matcher(path, cls, roles):
+            rule.seen.add(path)
+            for slot, spec in rule.specs.items():
+                wanted[slot] = (spec, rule.label)
+    return wanted
+
+
+def _entries(
+    path: str,
+    module: nn.Module,
+    match: Match[ModuleRule],
+    wanted: Mapping[str, tuple[SpecModel | None, str]],
+    registry: Registry,
+    *,
+    warnings: list[str],
+) -> Iterator[PlanEntry]:
+    slots = {slot.name: slot for slot in match.rule.slots}
+    for name, (spec, label) in wanted.items():
+        if name not in slots and spec is not None:
+            cls = original_class(module).__qualname__
+            warnings.append(
+                f"{label}: {cls} has no slot {name!r} (it has {', '.join(slots)}); ignored there"
+            )
+    for name, slot in slots.items():
+        spec, label = wanted.get(name, (None, ""))
+        if spec is None:
+            continue
+        tensor = getattr(module, slot.tensor or name, None) if slot.kind == "weight" else None
+        yield PlanEntry(
+            module=path,
+            slot=name,
+            spec=resolve_spec(spec, slot, registry.formats, where=label),
+            rule=match.rule.target,
+            plugin=match.plugin,
+            kind=slot.kind,
+            slot_rule=slot,
+            shape=tuple(tensor.shape) if isinstance(tensor, Tensor) else None,
+            recipe_rule=label,
+        )
+
+
+def _check_patterns(
+    rules: list[_Rule], recipe: Recipe, model: nn.Module, warnings: list[str]
+) -> None:
+    paths = [path for path, _ in _own_modules(model) if path]
+    for rule in rules:
+        problem = hint = ""
+        for pattern in rule.matcher.match.name:
+            if not any(rule.matcher.names(pattern, path) for path in paths):
+                problem = f"the pattern {pattern!r} matches no module"
+                close = ", ".join(nearest(pattern.removeprefix("re:"), paths, count=3))
+                hint = f"the closest names are {close}"
+        if not problem and not rule.seen and not rule.matcher.by_role_only:
+            problem = f"the pattern {str(rule.matcher)!r} matches no module"
+            kinds = sorted({original_class(m).__name__ for _, m in _own_modules(model)})
+            close = ", ".join(nearest(str(rule.matcher).removeprefix("class "), kinds, count=3))
+            hint = f"the closest classes are {close}"
+        if not problem and rule.seen and not rule.usable and any(rule.specs.values()):
+            some = sorted(rule.seen)[0] or "the model itself"
+            problem = f"the pattern {str(rule.matcher)!r} matches only modules without a rule"
+            hint = f"it matches {some}; name its children with {some}.* or *"
+        if not problem:
+            continue
+        if recipe.strict:
+            raise RecipeError(problem, where=rule.label, hint=f"{hint}; or set strict: false")
+        warnings.append(f"{rule.label}: {problem}; {hint}")
+
+
+def _bytes(model: nn.Module, entries: list[PlanEntry], dtype: str | None) -> tuple[int, int]:
+    """Return stored bytes before and after, tensors with shared storage counted once."""
+    import torch
+
+    width = getattr(torch, dtype).itemsize if dtype is not None else None
+    sizes: dict[int, int] = {}
+    names: dict[str, int] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue
+        item = width if width is not None and tensor.is_floating_point() else tensor.element_size()
+        sizes[id(tensor)] = tensor.numel() * item
+        names[name] = id(tensor)
+    before = sum(sizes.values())
+    for entry in entries:
+        if entry.kind != "weight" or entry.shape is None:
+            continue
+        key = names.get(entry.parameter or "")
+        if key is not None:
+            numel = math.prod(entry.shape)
+            sizes[key] = math.ceil(entry.spec.bits_per_element(entry.shape) * numel / 8)
+    return before, sum(sizes.values())

@@ -1,0 +1,61 @@
+"""Which modules a recipe's pattern means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+from bittern.config import MatchModel
+from bittern.errors import RecipeError
+
+__all__ = ["Matcher"]
+
+
+class Matcher:
+    """A compiled `MatchModel`.
+
+    Args:
+        match: The pattern.
+
+    Raises:
+        RecipeError: A regular expression is malformed.
+    """
+
+    def __init__(self, match: MatchModel) -> None:
+        self.match = match
+        self._regexes: dict[str, re.Pattern[str]] = {}
+        for pattern in match.name:
+            if pattern.startswith("re:"):
+                try:
+                    self._regexes[pattern] = re.compile(pattern[3:])
+                except re.error as error:
+                    raise RecipeError(f"{pattern!r} is not a regular expression: {error}") from None
+
+    def __call__(self, path: str, cls: type, roles: Mapping[str, str]) -> bool:
+        """Return whether the pattern means the module.
+
+        Args:
+            path: Dotted path of the module.
+            cls: Its class (before conversion).
+            roles: Module path to role.
+        """
+        match = self.match
+        if match.class_ and not any(base.__name__ in match.class_ for base in cls.__mro__):
+            return False
+        if match.role and roles.get(path) not in match.role:
+            return False
+        return not match.name or any(self.names(pattern, path) for pattern in match.name)
+
+    def names(self, pattern: str, path: str) -> bool:
+        """Return whether one name pattern means ``path``."""
+        regex = self._regexes.get(pattern)
+        return bool(regex.fullmatch(path)) if regex else fnmatchcase(path, pattern)
+
+    @property
+    def by_role_only(self) -> bool:
+        """Whether the pattern speaks of roles alone, which a model need not have."""
+        return not self.match.name and not self.match.class_
+
+    def __str__(self) -> str:
+        return str(self.match)

@@ -1,0 +1,68 @@
+"""The frozen records that hooks return and functions pass on. No torch, no framework."""
+
+from bittern.records.adapters import (
+    CheckpointIO,
+    DataConfig,
+    LoadConfig,
+    ModelAdapter,
+    ParallelState,
+)
+from bittern.records.formats import NumberFormat, QuantizerSpec
+from bittern.records.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
+from bittern.records.modules import LeafRule, ModuleRule, OpRule, Slot, SymbolRule
+from bittern.records.plans import Plan, PlanEntry
+from bittern.records.results import (
+    CalibrationSummary,
+    Evaluation,
+    ExportReport,
+    Finding,
+    LayerError,
+    Verification,
+)
+from bittern.records.steps import Algorithm, Exporter, KernelRule, Mode, RecipeSource
+from bittern.records.traces import Coverage, Fold, Group, Member
+
+__all__ = [
+    "Algorithm",
+    "CalibrationSummary",
+    "CheckpointIO",
+    "Coverage",
+    "DataConfig",
+    "Evaluation",
+    "ExportReport",
+    "Exporter",
+    "Finding",
+    "Fold",
+    "Granularity",
+    "Group",
+    "KernelRule",
+    "LayerError",
+    "LeafRule",
+    "LoadConfig",
+    "Member",
+    "Mode",
+    "ModelAdapter",
+    "ModuleRule",
+    "NumberFormat",
+    "OpRule",
+    "ParallelState",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "Plan",
+    "PlanEntry",
+    "QuantizerSpec",
+    "RecipeSource",
+    "Slot",
+    "SymbolRule",
+    "Verification",
+]

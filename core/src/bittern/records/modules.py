@@ -1,0 +1,105 @@
+"""Rules about module classes: how they are quantized, traced, and what their dimensions mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["LeafRule", "ModuleRule", "OpRule", "Slot", "SymInfoFactory", "SymbolRule"]
+
+SymInfoFactory = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One quantizer position of a quantized module.
+
+    Attributes:
+        name: Slot name in recipes and plans (``weight``, ``input``, ``output``, ...); the
+            quantizer is the child module ``f"{name}_quantizer"``.
+        kind: Whether the slot quantizes a parameter or an activation.
+        tensor: Parameter name of a weight slot.
+        channel_axis: Axis that ``PerChannel`` keeps.
+    """
+
+    name: str
+    kind: Literal["weight", "activation"] = "activation"
+    tensor: str | None = None
+    channel_axis: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleRule:
+    """Says how instances of a module class are quantized.
+
+    Attributes:
+        target: ``"defining.module:Class"``, matched along the MRO without importing the framework.
+        quantized: ``"package.module:Class"`` of the `bittern.nn.QuantModule` mixin that replaces
+            the class in place; imported on the first match. ``None`` says that the class must not
+            be converted, for the reason given.
+        slots: The quantizer positions of ``quantized``.
+        reason: Why the class must not be converted.
+        subclass_forward: Whether the rule also takes subclasses that override ``forward``.
+        priority: Decides between rules of the same closeness; higher wins.
+        predicate: Optional extra test on the live module.
+    """
+
+    target: str
+    quantized: str | None
+    slots: tuple[Slot, ...] = ()
+    reason: str = ""
+    subclass_forward: bool = False
+    priority: int = 0
+    predicate: Callable[[Any], bool] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymbolRule:
+    """Says which dimensions a module class has.
+
+    Attributes:
+        target: ``"defining.module:Class"``.
+        symbols: ``"package.module:function"`` that maps a live module to its ``SymInfo``.
+        subclass_forward: Whether subclasses that override ``forward`` match too.
+        priority: Higher wins between rules of the same closeness.
+    """
+
+    target: str
+    symbols: str
+    subclass_forward: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeafRule:
+    """Names a module class that the tracer must not enter.
+
+    Attributes:
+        target: ``"defining.module:Class"``.
+        reason: Shown in the coverage report.
+        subclass_forward: Whether subclasses that override ``forward`` match too.
+        priority: Higher wins between rules of the same closeness.
+    """
+
+    target: str
+    reason: str = ""
+    subclass_forward: bool = False
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpRule:
+    """Says how dimensions flow through an operator of the traced graph.
+
+    Attributes:
+        op: Qualified operator name, for example ``"aten.linear.default"``.
+        flow: ``"package.module:function"`` that propagates dimensions through one node.
+        options: Plain options handed to ``flow``.
+        priority: Higher wins.
+    """
+
+    op: str
+    flow: str
+    options: Mapping[str, object] = field(default_factory=dict)
+    priority: int = 0

@@ -1,0 +1,116 @@
+"""Algorithms, modes, exporters, kernels and recipes that plugins register."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Algorithm", "Exporter", "KernelRule", "Mode", "RecipeSource"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """A calibration algorithm that a recipe's ``algorithm:`` can name.
+
+    Attributes:
+        name: The name in recipes.
+        run: ``"package.module:function"`` called as
+            ``run(model, plan, forward, context, **options)``, see `bittern.calibration.context`.
+        needs: What it needs beyond the weights: any of ``data``, ``hessian``, ``gradients``.
+            ``data`` means: only when the plan has static activation quantizers.
+        description: One line for people.
+    """
+
+    name: str
+    run: str
+    needs: frozenset[str] = frozenset()
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """An optimisation step that can be stacked, saved and replayed.
+
+    Attributes:
+        name: The mode's name in the manifest.
+        convert: ``"package.module:function"`` applied to a model with the mode's config.
+        restore: ``"package.module:function"`` that replays the conversion on a fresh model.
+        next_modes: Names that may follow; empty means any.
+    """
+
+    name: str
+    convert: str
+    restore: str
+    next_modes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exporter:
+    """A checkpoint format.
+
+    Attributes:
+        name: The format's name for ``--format``.
+        write: ``"package.module:function"`` called as ``write(model, path, context)``; it writes
+            into the existing, empty directory ``path`` and returns a `bittern.exporting.Written`.
+        verify: ``"package.module:function"`` called as ``verify(path, record)`` with the content
+            of bittern.json (``None`` for a checkpoint that another tool wrote); it loads ``path``
+            in a client that is not ours, in a fresh process, and returns a ``Verification``.
+        check: ``"package.module:function"`` called as ``check(model, plan)`` before anything is
+            computed; it raises `ExportError` where the client cannot load the plan.
+        client: Who reads the format.
+        priority: The highest exporter that accepts the model is the default format.
+        accepts: ``"package.module:function"`` that says whether a model can be written so;
+            ``None`` accepts any model.
+        description: One line for people.
+    """
+
+    name: str
+    write: str
+    verify: str | None = None
+    check: str | None = None
+    client: str = ""
+    priority: int = 0
+    accepts: str | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelRule:
+    """A fast implementation of one operation.
+
+    Attributes:
+        op: ``"fake_quantize"`` and, later, ``"amax"``, ``"pack"``, ``"linear"``.
+        impl: ``"package.module:function"`` with the reference's signature, bit-exact with it.
+        device: ``torch.device.type`` it runs on.
+        formats: Names of the number formats it implements.
+        dtypes: Names of the input dtypes it takes, for example ``"bfloat16"``.
+        capability: Smallest CUDA capability, as ``(major, minor)``.
+        priority: Higher wins.
+    """
+
+    op: str
+    impl: str
+    device: str
+    formats: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    capability: tuple[int, int] | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSource:
+    """A named recipe.
+
+    Attributes:
+        name: The name for ``--recipe`` and ``extends:``.
+        package: Package that ships the YAML file.
+        resource: File name inside ``package``.
+        data: The recipe as plain data instead of a file.
+        description: One line for people.
+    """
+
+    name: str
+    package: str | None = None
+    resource: str | None = None
+    data: Mapping[str, object] = field(default_factory=dict)
+    description: str = ""

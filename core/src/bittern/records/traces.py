@@ -1,0 +1,64 @@
+"""What the trace finds: which tensors of a model belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Coverage", "Fold", "Group", "Member"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor dimension of a group.
+
+    Attributes:
+        module: Dotted path.
+        tensor: Parameter name.
+        dim: The coupled dimension.
+        index: ``(size, k)``: coordinate ``i`` of the group is rows ``index[i]`` of ``dim``.
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Dimensions that must change together."""
+
+    size: int
+    sortable: bool
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A producer whose output channels can take over a scale of its consumers' inputs."""
+
+    producer: str
+    tensor: str
+    dim: int
+    consumers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the trace could analyse.
+
+    Attributes:
+        analysed: Module paths.
+        barriers: Where the analysis stopped, and why.
+        fraction: Share of the weight-bearing modules that were analysed.
+    """
+
+    analysed: tuple[str, ...] = ()
+    barriers: Mapping[str, str] = field(default_factory=dict)
+    fraction: float = 0.0

@@ -1,0 +1,19 @@
+"""Rule tables with provenance, precedence and conflict errors."""
+
+from bittern.registry.kernels import KernelTable
+from bittern.registry.modules import ClassTable, Match, NoMatch
+from bittern.registry.registry import Registry
+from bittern.registry.tables import NamedTable, nearest
+from bittern.registry.targets import resolve, target_of
+
+__all__ = [
+    "ClassTable",
+    "KernelTable",
+    "Match",
+    "NamedTable",
+    "NoMatch",
+    "Registry",
+    "nearest",
+    "resolve",
+    "target_of",
+]

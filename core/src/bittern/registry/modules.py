@@ -1,0 +1,133 @@
+"""Finds the rule for a live module: string targets matched along the MRO.
+
+Precedence never depends on the order in which plugins were loaded: the first class of the MRO that
+has an applicable rule wins (so the exact class before its bases), then the higher ``priority``,
+then a plugin before core; a tie between two plugins is a `PluginConflictError`. Rules with the
+target ``"*"`` are pure predicates and come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from bittern.errors import PluginConflictError
+from bittern.registry.targets import target_of
+
+__all__ = ["ANY", "ClassTable", "Match", "NoMatch"]
+
+ANY = "*"
+
+
+class ClassRule(Protocol):
+    """What a rule about module classes has."""
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def subclass_forward(self) -> bool: ...
+
+    @property
+    def priority(self) -> int: ...
+
+
+R = TypeVar("R", bound=ClassRule)
+
+
+@dataclass(frozen=True)
+class Match(Generic[R]):
+    """The rule that takes a module, and who registered it."""
+
+    rule: R
+    plugin: str
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """Why no rule takes a module; ``reason`` is empty when no rule speaks about its classes."""
+
+    reason: str = ""
+
+
+class ClassTable(Generic[R]):
+    """Rules about module classes.
+
+    Args:
+        items: ``(rule, plugin label, is builtin)`` in any order.
+    """
+
+    def __init__(self, items: Iterable[tuple[R, str, bool]]) -> None:
+        self._by_target: dict[str, list[tuple[R, str, bool]]] = {}
+        for item in items:
+            self._by_target.setdefault(item[0].target, []).append(item)
+
+    def extended(self, items: Iterable[tuple[R, str, bool]]) -> ClassTable[R]:
+        """Return a table with further rules; this one stays as it is."""
+        every = [item for group in self._by_target.values() for item in group]
+        return ClassTable([*every, *items])
+
+    def __iter__(self) -> Any:
+        for group in self._by_target.values():
+            for rule, plugin, _ in group:
+                yield rule, plugin
+
+    def find(self, module: object, cls: type | None = None) -> Match[R] | NoMatch:
+        """Return the rule for ``module``, or why there is none.
+
+        Args:
+            module: The live module.
+            cls: Its class, where that is not ``type(module)`` (an already converted module).
+
+        Raises:
+            PluginConflictError: Two plugins claim the same class with the same precedence.
+        """
+        own = cls if cls is not None else type(module)
+        refused = ""
+        for base in own.__mro__:
+            candidates = self._by_target.get(target_of(base))
+            if not candidates:
+                continue
+            same_forward = getattr(own, "forward", None) is getattr(base, "forward", None)
+            applicable = []
+            for item in candidates:
+                rule = item[0]
+                if base is not own and not same_forward and not rule.subclass_forward:
+                    refused = refused or (
+                        f"{own.__qualname__} overrides forward of {base.__qualname__}, "
+                        f"and the rule of {item[1]} does not say that it still holds"
+                    )
+                    continue
+                predicate = getattr(rule, "predicate", None)
+                if predicate is not None and not predicate(module):
+                    refused = (
+                        refused or f"the rule of {item[1]} for {base.__qualname__} declined it"
+                    )
+                    continue
+                applicable.append(item)
+            if applicable:
+                return self._best(applicable, target_of(base))
+        predicates = [
+            item
+            for item in self._by_target.get(ANY, [])
+            if (test := getattr(item[0], "predicate", None)) is not None and test(module)
+        ]
+        if predicates:
+            return self._best(predicates, target_of(own))
+        return NoMatch(refused)
+
+    @staticmethod
+    def _best(items: list[tuple[R, str, bool]], target: str) -> Match[R]:
+        def rank(item: tuple[R, str, bool]) -> tuple[int, bool]:
+            return item[0].priority, not item[2]
+
+        top = max(rank(item) for item in items)
+        best = [item for item in items if rank(item) == top]
+        if len(best) > 1:
+            labels = " and ".join(sorted(item[1] for item in best))
+            raise PluginConflictError(
+                f"{labels} both claim {target} with priority {best[0][0].priority}",
+                hint="block one of them with BITTERN_DISABLE_PLUGINS, or raise one rule's priority",
+            )
+        return Match(best[0][0], best[0][1])

@@ -1,0 +1,119 @@
+"""Reports on a terminal (rich)."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from bittern.records import Evaluation, Plan, Verification
+from bittern.report.blocks import collapse
+from bittern.report.report import Report
+
+__all__ = ["human_bytes", "show_evaluation", "show_plan", "show_report", "show_verification"]
+
+
+def human_bytes(count: float) -> str:
+    """Return bytes as ``"31.5 MB"`` (powers of 1000, as disks count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def show_plan(plan: Plan, console: Console | None = None) -> None:
+    """Show who is quantized how, and what is skipped and why."""
+    console = console if console is not None else Console()
+    table = Table(title=f"{plan.recipe}: {len(plan.modules)} modules quantized")
+    for column in ("modules", "n", "slots", "rule of"):
+        table.add_column(column, justify="right" if column == "n" else "left", overflow="fold")
+    described = [
+        (
+            path or "(model)",
+            (
+                "\n".join(f"{slot}: {entry.spec}" for slot, entry in slots.items()),
+                next(iter(slots.values())).plugin,
+            ),
+        )
+        for path, slots in plan.by_module().items()
+    ]
+    for pattern, (text, plugin), count in collapse(described):
+        table.add_row(pattern, str(count), text, plugin)
+    console.print(table)
+    if plan.skipped:
+        skipped = Table(title="left as it is")
+        for column in ("modules", "n", "why"):
+            skipped.add_column(column, justify="right" if column == "n" else "left")
+        for pattern, why, count in collapse((p or "(model)", w) for p, w in plan.skipped.items()):
+            skipped.add_row(pattern, str(count), str(why))
+        console.print(skipped)
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/] {warning}")
+    console.print(
+        f"{plan.parameters:,} parameters, {human_bytes(plan.bytes_before)} -> "
+        f"{human_bytes(plan.bytes_after)} "
+        f"({plan.bytes_before / max(plan.bytes_after, 1):.2f} x smaller), "
+        f"{plan.effective_bits:.2f} bits per quantized weight, scales included"
+    )
+
+
+def show_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Show quality, and the worst layers."""
+    console = console if console is not None else Console()
+    table = Table(title="quality", show_header=False)
+    rows: list[tuple[str, str]] = []
+    if evaluation.perplexity is not None:
+        rows.append(("perplexity", f"{evaluation.perplexity:.4f}"))
+        if evaluation.reference_perplexity is not None:
+            change = evaluation.perplexity / evaluation.reference_perplexity - 1
+            rows.append(("  unquantized", f"{evaluation.reference_perplexity:.4f}"))
+            rows.append(("  change", f"{change:+.2%}"))
+        rows.append(("tokens", f"{evaluation.tokens:,}"))
+    if evaluation.accuracy is not None:
+        rows.append(("accuracy", f"{evaluation.accuracy:.4f}"))
+        if evaluation.reference_accuracy is not None:
+            rows.append(("  unquantized", f"{evaluation.reference_accuracy:.4f}"))
+    if evaluation.kl is not None:
+        rows.append(("KL to unquantized", f"{evaluation.kl:.3g} nats"))
+    if evaluation.output_sqnr_db is not None:
+        rows.append(("output SQNR", f"{evaluation.output_sqnr_db:.1f} dB"))
+    rows.append(("rows", f"{evaluation.samples:,}"))
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+    if evaluation.layers:
+        worst = Table(title="layers that lose most (same input, quantized against not)")
+        worst.add_column("module")
+        worst.add_column("SQNR", justify="right")
+        for layer in evaluation.layers[:8]:
+            worst.add_row(layer.module or "(model)", f"{layer.sqnr_db:.1f} dB")
+        console.print(worst)
+
+
+def show_verification(verification: Verification, console: Console | None = None) -> None:
+    """Show the verdict and every finding."""
+    console = console if console is not None else Console()
+    verdict = "[green]verified[/]" if verification.ok else "[red]NOT verified[/]"
+    console.print(f"{verdict} by {verification.client}: {verification.path}")
+    for check in verification.checks:
+        console.print(f"  {check}")
+    for finding in verification.findings:
+        console.print(f"  [red]{finding.tensor_or_field}[/]: {finding.problem}; {finding.remedy}")
+
+
+def show_report(report: Report, console: Console | None = None) -> None:
+    """Show everything a report holds."""
+    console = console if console is not None else Console()
+    show_plan(report.plan, console)
+    calibration = report.calibration
+    if calibration.batches:
+        console.print(f"calibrated on {calibration.batches} batches, {calibration.seconds:.1f} s")
+    for name in calibration.uncalibrated:
+        console.print(f"[yellow]warning:[/] {name} saw no data and stays unquantized")
+    if report.evaluation is not None:
+        show_evaluation(report.evaluation, console)
+    if report.export is not None:
+        size = human_bytes(report.export.bytes)
+        console.print(f"wrote {report.export.path} ({report.export.format}, {size})")
+    if report.verification is not None:
+        show_verification(report.verification, console)

@@ -1,0 +1,315 @@
+"""The Toolkit: plugins + registry, and the one place where the steps are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bittern.hooks.discovery import PluginOptions
+from bittern.hooks.manager import PluginManager
+from bittern.registry.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bittern.config import Recipe, RecipeLike
+    from bittern.exporting import ExportContext
+    from bittern.records import (
+        CalibrationSummary,
+        DataConfig,
+        Evaluation,
+        Exporter,
+        ExportReport,
+        LoadConfig,
+        ModelAdapter,
+        Plan,
+        Verification,
+    )
+    from bittern.report import Result
+    from bittern.runtime import Data, Progress
+
+__all__ = ["Toolkit", "default_toolkit"]
+
+
+class Toolkit:
+    """A set of plugins and everything they registered.
+
+    Args:
+        plugins: Names of the plugins to use, each of which must load; ``None`` uses all that are
+            installed.
+        block: Names of plugins to leave out; ``"*"`` leaves out all.
+        files: Unpackaged plugins, as paths of Python files.
+        strict: Whether every installed plugin must load.
+        manager: A ready manager instead, as the tests of plugins use.
+
+    Raises:
+        PluginError: A plugin that was asked for by name cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        plugins: Iterable[str] | None = None,
+        block: Iterable[str] = (),
+        files: Iterable[str | Path] = (),
+        strict: bool = False,
+        manager: PluginManager | None = None,
+    ) -> None:
+        if manager is None:
+            from bittern.builtin import hooks as builtin
+
+            options = PluginOptions.from_environment().merged(
+                plugins=plugins, block=block, files=[str(f) for f in files], strict=strict
+            )
+            manager = PluginManager(options, builtin=builtin)
+        self.plugins = manager
+
+    @cached_property
+    def registry(self) -> Registry:
+        """What the plugins registered; each table is collected on first use."""
+        return Registry(self.plugins)
+
+    # --- resolution ---
+
+    def adapter(self, model: nn.Module) -> ModelAdapter:
+        """Return what the model's framework knows about it; nothing for a plain model."""
+        from bittern.records import ModelAdapter
+
+        found = self.plugins.first("resolve_model_adapter", model=model)
+        return found if found is not None else ModelAdapter()
+
+    def access(self, module: nn.Module, *, write: bool) -> AbstractContextManager[None]:
+        """Return a context manager within which the module's weights are real tensors."""
+        from bittern.runtime.access import resident
+
+        found = self.plugins.first("resolve_weight_access", module=module, write=write)
+        return found if found is not None else resident(module, write=write)
+
+    def recipe(self, recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+        """Return a whole recipe; plugins it requires must be loaded."""
+        from bittern.config import load_recipe
+
+        found = load_recipe(recipe, lookup=self.registry.recipes.get, overrides=overrides)
+        self.plugins.require(found.requires)
+        return found
+
+    def load(self, source: str, config: LoadConfig | None = None) -> nn.Module:
+        """Load a model that a plugin knows how to load.
+
+        Raises:
+            ModelError: No plugin takes the source.
+        """
+        from bittern.errors import ModelError
+        from bittern.records import LoadConfig
+
+        config = config if config is not None else LoadConfig()
+        found = self.plugins.first("resolve_model", source=source, config=config)
+        if found is None:
+            loaders = self.plugins.implementations("resolve_model")
+            raise ModelError(
+                "no plugin can load this model",
+                where=source,
+                hint=f"plugins that load models: {', '.join(loaders)}"
+                if loaders
+                else "pip install 'bittern-huggingface[target]'",
+            )
+        return found  # type: ignore[no-any-return]
+
+    def data(self, source: Any, model: nn.Module, config: DataConfig | None = None) -> Any:
+        """Turn a path or name into batches; anything else is taken to be data already.
+
+        Raises:
+            DataError: No plugin takes the source.
+        """
+        from bittern.errors import DataError
+        from bittern.records import DataConfig
+
+        if not isinstance(source, str | Path):
+            return source
+        config = config if config is not None else DataConfig()
+        found = self.plugins.first(
+            "resolve_calibration_data", source=str(source), model=model, config=config
+        )
+        if found is None:
+            raise DataError(
+                "no plugin can read this data",
+                where=str(source),
+                hint=".txt, .jsonl, .npy and `datasets` specs need bittern-huggingface",
+            )
+        return found
+
+    # --- the steps ---
+
+    def plan(self, model: nn.Module, recipe: RecipeLike, *, overrides: Sequence[str] = ()) -> Plan:
+        """Decide who is quantized how; change nothing."""
+        from bittern.planning import build_plan
+
+        whole = self.recipe(recipe, overrides)
+        modules = self.registry.modules.extended(
+            self.plugins.collect("discover_modules", model=model)
+        )
+        return build_plan(model, whole, self.registry, adapter=self.adapter(model), modules=modules)
+
+    def convert(self, model: nn.Module, plan: Plan) -> None:
+        """Swap classes and attach quantizers, in place."""
+        from bittern.convert import convert
+
+        convert(model, plan, self.registry)
+        self.plugins.notify("after_convert", model=model, plan=plan)
+
+    def calibrate(
+        self, model: nn.Module, plan: Plan, data: Data | None, *, progress: Progress | None = None
+    ) -> CalibrationSummary:
+        """Run the plan's algorithms."""
+        from bittern.calibration import run_calibration
+        from bittern.runtime import SILENT
+
+        def wrap(forward: Callable[[], int]) -> int:
+            count = self.plugins.first("run_calibration", model=model, plan=plan, forward=forward)
+            return int(count)
+
+        return run_calibration(
+            model,
+            plan,
+            data,
+            registry=self.registry,
+            adapter=self.adapter(model),
+            access=self.access,
+            wrap=wrap,
+            progress=progress if progress is not None else SILENT,
+        )
+
+    def quantize(
+        self,
+        model: nn.Module,
+        recipe: RecipeLike | Plan,
+        data: Data | str | Path | None = None,
+        *,
+        overrides: Sequence[str] = (),
+        config: DataConfig | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Plan, convert and calibrate; on an error the model is what it was."""
+        from bittern.convert import revert
+        from bittern.records import Plan
+        from bittern.report import Report, Result
+
+        if isinstance(recipe, Plan):
+            plan = recipe
+        else:
+            plan = self.plan(model, recipe, overrides=overrides)
+        batches = self.data(data, model, config) if data is not None else None
+        try:
+            self.convert(model, plan)
+            summary = self.calibrate(model, plan, batches, progress=progress)
+        except BaseException:
+            revert(model)
+            raise
+        return Result(model=model, plan=plan, report=Report(plan=plan, calibration=summary))
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        config: DataConfig | None = None,
+        reference: bool = True,
+        layers: bool = True,
+        progress: Progress | None = None,
+    ) -> Evaluation:
+        """Measure perplexity or accuracy, KL and SQNR."""
+        from bittern.evaluation import run_evaluation
+        from bittern.runtime import SILENT
+
+        return run_evaluation(
+            model,
+            self.data(data, model, config),
+            adapter=self.adapter(model),
+            reference=reference,
+            layers=layers,
+            progress=progress if progress is not None else SILENT,
+        )
+
+    # --- export ---
+
+    def exporter(self, model: nn.Module, format: str | None = None) -> Exporter:
+        """Return the exporter called ``format``, or the best one for the model."""
+        from bittern.exporting import choose_exporter
+
+        return choose_exporter(model, self.registry, format)
+
+    def export_context(
+        self, model: nn.Module, plan: Plan, progress: Progress | None = None
+    ) -> ExportContext:
+        """Return what an exporter is given."""
+        from bittern.exporting import ExportContext
+        from bittern.runtime import SILENT
+
+        return ExportContext(
+            plan=plan,
+            adapter=self.adapter(model),
+            access=self.access,
+            progress=progress if progress is not None else SILENT,
+        )
+
+    def check_export(self, model: nn.Module, plan: Plan, format: str | None = None) -> Exporter:
+        """Refuse a plan that the format's client cannot load, before anything is computed."""
+        from bittern.exporting import check_export
+
+        exporter = self.exporter(model, format)
+        check_export(exporter, model, self.export_context(model, plan), self.registry)
+        return exporter
+
+    def export(
+        self,
+        model: nn.Module,
+        path: str | Path,
+        *,
+        format: str | None = None,
+        verify: bool = True,
+        data: Any = None,
+        progress: Progress | None = None,
+    ) -> ExportReport:
+        """Write a checkpoint, then verify it."""
+        from bittern.convert import plan_of
+        from bittern.errors import VerificationError
+        from bittern.exporting import run_export
+
+        plan = plan_of(model)
+        report = run_export(
+            self.exporter(model, format),
+            model,
+            Path(path),
+            self.export_context(model, plan, progress),
+            self.registry,
+            data=data,
+            after=lambda report, stage: self.plugins.notify(
+                "after_export", report=report, path=stage
+            ),
+        )
+        if verify:
+            verdict = self.verify(path)
+            if not verdict.ok:
+                first = verdict.findings[0]
+                raise VerificationError(
+                    f"{first.tensor_or_field}: {first.problem} "
+                    f"({len(verdict.findings)} findings in all)",
+                    where=str(path),
+                    hint=first.remedy,
+                )
+        return report
+
+    def verify(self, path: str | Path, client: str | None = None) -> Verification:
+        """Load a checkpoint in its client and compare it with what was recorded."""
+        from bittern.exporting.verify import run_verification
+
+        return run_verification(Path(path), self.registry, client=client)
+
+
+@cache
+def default_toolkit() -> Toolkit:
+    """Return the Toolkit of the plain functions, made on first use from the environment."""
+    return Toolkit()
