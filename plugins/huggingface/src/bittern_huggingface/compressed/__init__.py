@@ -1,0 +1,1 @@
+"""The compressed-tensors checkpoint: schemes, writer, verification in a fresh process."""

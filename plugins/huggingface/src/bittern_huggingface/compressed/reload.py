@@ -1,0 +1,59 @@
+"""Asks the client: runs client.py in a fresh process, with nothing of ours in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bittern.errors import VerificationError
+
+__all__ = ["ask_client", "perplexity_after_reload"]
+
+
+def ask_client(path: Path, input_ids: list[list[int]] | None) -> dict[str, Any]:
+    """Load a checkpoint in a fresh process and run token ids through it.
+
+    Args:
+        path: The checkpoint.
+        input_ids: Rows of token ids, or ``None`` to load only.
+
+    Returns:
+        client.py's answer, or ``{"error": last line of its stderr}``.
+    """
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request.write_text(json.dumps({"input_ids": input_ids, "dtype": dtype}), encoding="utf-8")
+        script = Path(__file__).with_name("client.py")
+        process = subprocess.run(
+            [sys.executable, str(script), str(path), str(request), str(answer)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if process.returncode != 0 or not answer.is_file():
+            lines = [line for line in process.stderr.splitlines() if line.strip()]
+            return {"error": lines[-1] if lines else f"exit code {process.returncode}"}
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return found
+
+
+def perplexity_after_reload(path: Path, rows: Tensor) -> float:
+    """Return the perplexity that the client computes on rows of token ids.
+
+    Raises:
+        VerificationError: The client fails.
+    """
+    answer = ask_client(path, rows.tolist())
+    if "error" in answer:
+        raise VerificationError(f"transformers fails: {answer['error']}", where=str(path))
+    nll = torch.tensor(answer["nll"], dtype=torch.float64)
+    return math.exp(float(nll.mean()))

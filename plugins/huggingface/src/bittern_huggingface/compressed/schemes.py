@@ -1,0 +1,198 @@
+"""From a plan to the config models of the compressed-tensors package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from compressed_tensors.compressors.base import COMPRESSIBLE_MODULE_TYPES
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+)
+from torch import nn
+
+from bittern.errors import ExportError
+from bittern.exporting import ExportContext
+from bittern.nn import original_class
+from bittern.records import (
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Plan,
+    PlanEntry,
+    QuantizerSpec,
+)
+
+__all__ = ["check", "make_config", "module_schemes"]
+
+# On the element kinds that the client decodes to the very values that were simulated.
+_FORMATS = {"int": range(2, 9), "float": range(8, 9)}
+
+
+def check(model: nn.Module, context: ExportContext) -> None:
+    """Refuse a plan that compressed-tensors cannot hold, before anything is computed.
+
+    Raises:
+        ExportError: Names the first module that does not fit, and what would.
+    """
+    tied = {name for group in context.adapter.tied for name in group}
+    modules = dict(model.named_modules())
+    for path, slots in context.plan.by_module().items():
+        module = modules[path]
+        if not issubclass(original_class(module), COMPRESSIBLE_MODULE_TYPES):
+            raise ExportError(
+                f"compressed-tensors holds Linear and Embedding, not "
+                f"{original_class(module).__name__}",
+                where=path,
+                hint="leave it out (-o 'rules.0.match={class: Linear}'), or --format safetensors",
+            )
+        for entry in slots.values():
+            if entry.parameter in tied:
+                raise ExportError(
+                    "the weight is tied to another module's, which would stay unquantized",
+                    where=entry.path,
+                    hint="leave it out (skip: [{role: [head, embedding]}]), or untie it first",
+                )
+            if isinstance(entry.granularity, PerGroup) and entry.shape is not None:
+                columns, size = entry.shape[-1], entry.granularity.size
+                if columns % size:
+                    raise ExportError(
+                        f"{columns} input features do not divide into groups of {size}, and "
+                        "transformers refuses a partial group",
+                        where=entry.path,
+                        hint=f"-o 'rules.*.weight.size={_divisor(columns, size)}', or "
+                        "granularity: channel",
+                    )
+    module_schemes(context.plan, model)
+
+
+def module_schemes(plan: Plan, model: nn.Module) -> dict[str, QuantizationScheme]:
+    """Return the compressed-tensors scheme of every quantized module.
+
+    Raises:
+        ExportError: A slot has a format or granularity that compressed-tensors cannot say.
+    """
+    modules = dict(model.named_modules())
+    made: dict[tuple[object, ...], QuantizationScheme] = {}
+    found: dict[str, QuantizationScheme] = {}
+    for path, slots in plan.by_module().items():
+        cls = original_class(modules[path])
+        key = (cls, *((slot, str(entry.spec)) for slot, entry in sorted(slots.items())))
+        if key not in made:
+            made[key] = _scheme(path, slots, cls)
+        found[path] = made[key]
+    return found
+
+
+def _scheme(path: str, slots: Mapping[str, PlanEntry], cls: type) -> QuantizationScheme:
+    names = {"weight": "weights", "input": "input_activations", "output": "output_activations"}
+    unknown = set(slots) - set(names)
+    if unknown or "weight" not in slots:
+        raise ExportError(
+            f"compressed-tensors cannot hold the slots {sorted(slots)}",
+            where=path,
+            hint="quantize weight, or weight and input",
+        )
+    args = {names[slot]: _args(entry) for slot, entry in slots.items()}
+    try:
+        scheme = QuantizationScheme(targets=[path], **args)
+        scheme.format = infer_module_format(cls, scheme)
+    except (ValueError, NotImplementedError, StopIteration) as error:
+        raise ExportError(
+            f"compressed-tensors has no format for {', '.join(str(e.spec) for e in slots.values())}"
+            f": {error}",
+            where=path,
+            hint="use --format safetensors",
+        ) from error
+    return scheme
+
+
+def _args(entry: PlanEntry) -> QuantizationArgs:
+    spec = entry.spec
+    number = spec.format
+    if number.bits not in _FORMATS.get(number.kind, ()) or dict(number.params).get("narrow"):
+        raise ExportError(
+            f"compressed-tensors has no element format {number.name!r}",
+            where=entry.path,
+            hint="int2 to int8 and fp8 fit; or use --format safetensors",
+        )
+    if number.kind == "float" and number.params.get("dtype") != "float8_e4m3fn":
+        raise ExportError(
+            f"compressed-tensors has no element format {number.name!r}", where=entry.path
+        )
+    settings: dict[str, object] = {
+        "num_bits": number.bits,
+        "type": number.kind,
+        "symmetric": True,
+        "dynamic": spec.dynamic,
+        "observer": None,
+    }
+    return QuantizationArgs(**settings, **_strategy(spec, entry))
+
+
+def _strategy(spec: QuantizerSpec, entry: PlanEntry) -> dict[str, object]:
+    match spec.granularity:
+        case PerTensor() if entry.kind == "weight" or not spec.dynamic:
+            return {"strategy": "tensor"}
+        case PerChannel(axis=0) if entry.kind == "weight":
+            return {"strategy": "channel"}
+        case PerToken() if spec.dynamic:
+            return {"strategy": "token"}
+        case PerGroup(size=size):
+            return {"strategy": "group", "group_size": size}
+        case PerBlock(rows=rows, cols=cols):
+            return {"strategy": "block", "block_structure": [rows, cols]}
+    raise ExportError(
+        f"compressed-tensors cannot say {spec}",
+        where=entry.path,
+        hint="per tensor, channel, group or block weights; per tensor or dynamic per token inputs",
+    )
+
+
+def make_config(plan: Plan, model: nn.Module) -> dict[str, object]:
+    """Return the ``quantization_config`` of config.json.
+
+    One scheme for all is written as the class it targets and an ``ignore`` list of exact names, as
+    every engine reads it; several schemes name their modules one by one.
+    """
+    schemes = module_schemes(plan, model)
+    groups: dict[str, QuantizationScheme] = {}
+    members: dict[int, list[str]] = {}
+    for path, scheme in schemes.items():
+        members.setdefault(id(scheme), []).append(path)
+    unique = list({id(scheme): scheme for scheme in schemes.values()}.values())
+    modules = dict(model.named_modules())
+    classes = {
+        "Embedding" if issubclass(original_class(modules[path]), nn.Embedding) else "Linear"
+        for path in schemes
+    }
+    ignore = [
+        path
+        for path, module in modules.items()
+        if path not in schemes
+        and any(base.__name__ in classes for base in original_class(module).__mro__)
+    ]
+    for index, scheme in enumerate(unique):
+        whole = len(unique) == 1
+        targets = sorted(classes) if whole else members[id(scheme)]
+        groups[f"group_{index}"] = scheme.model_copy(update={"targets": targets})
+    formats = {str(CompressionFormat(s.format).value) for s in unique if s.format is not None}
+    config = QuantizationConfig(
+        config_groups=dict(groups),
+        format=formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=ignore,
+    )
+    data: dict[str, object] = config.model_dump(mode="json")
+    return data
+
+
+def _divisor(columns: int, size: int) -> int:
+    """Return the largest power of two that divides ``columns``, at most ``size``."""
+    return min(columns & -columns, size)

@@ -1,0 +1,1 @@
+"""The demo model that ships with the plugin, and ``bittern demo``."""

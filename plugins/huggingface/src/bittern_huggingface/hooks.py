@@ -1,0 +1,63 @@
+"""What the plugin registers. Light: transformers is imported only inside the calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bittern.hooks import hookimpl
+from bittern.records import DataConfig, Exporter, LoadConfig, ModelAdapter
+
+if TYPE_CHECKING:
+    import click
+    from torch import nn
+
+__all__: list[str] = []
+
+
+@hookimpl
+def resolve_model(source: str, config: LoadConfig) -> nn.Module | None:
+    """Load a transformers checkpoint."""
+    from bittern_huggingface.loading import load_model
+
+    return load_model(source, config)
+
+
+@hookimpl
+def resolve_model_adapter(model: nn.Module) -> ModelAdapter | None:
+    """Describe a transformers model."""
+    from bittern_huggingface.adapter import make_adapter
+
+    return make_adapter(model)
+
+
+@hookimpl
+def resolve_calibration_data(source: str, model: nn.Module, config: DataConfig) -> Any:
+    """Read .txt, .jsonl, .npy files and ``datasets`` specs."""
+    from bittern_huggingface.data import read_data
+
+    return read_data(source, model, config)
+
+
+@hookimpl
+def register_exporters() -> list[Exporter]:
+    """The compressed-tensors checkpoint."""
+    return [
+        Exporter(
+            name="compressed-tensors",
+            write="bittern_huggingface.compressed.write:write",
+            verify="bittern_huggingface.compressed.verify:verify",
+            check="bittern_huggingface.compressed.schemes:check",
+            accepts="bittern_huggingface.adapter:is_transformers_model",
+            client="transformers",
+            priority=10,
+            description="loads in transformers, vLLM and SGLang",
+        )
+    ]
+
+
+@hookimpl
+def register_commands(cli: click.Group) -> None:
+    """``bittern demo``."""
+    from bittern_huggingface.demo.command import demo
+
+    cli.add_command(demo)

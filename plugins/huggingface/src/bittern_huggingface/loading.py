@@ -1,0 +1,151 @@
+"""Loads transformers checkpoints, and says clearly what is wrong with one that does not load."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from bittern.errors import ModelError
+from bittern.records import LoadConfig
+
+__all__ = ["Source", "load_model", "source_of"]
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SOURCE = "_bittern_source"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model came from.
+
+    Attributes:
+        path: Directory or hub name.
+        dtype: Name of the checkpoint's dtype, which may not be the one in memory.
+    """
+
+    path: str
+    dtype: str | None
+
+
+def source_of(model: nn.Module) -> Source | None:
+    """Return where `load_model` took a model from; ``None`` for a model made otherwise."""
+    found = getattr(model, _SOURCE, None)
+    return found if isinstance(found, Source) else None
+
+
+def load_model(source: str, config: LoadConfig) -> nn.Module | None:
+    """Load the model that ``source`` names, in eval mode.
+
+    Args:
+        source: A directory with config.json, or a hub name.
+        config: Dtype ``"auto"`` is float32 on a CPU (bfloat16 matmuls are slow there and rounding
+            would blur what quantization costs) and the checkpoint's own elsewhere.
+
+    Returns:
+        ``None`` if ``source`` is no directory and cannot be a hub name.
+
+    Raises:
+        ModelError: No model there, weights missing or damaged, or custom code needed.
+    """
+    path = Path(source)
+    if path.exists():
+        _check_directory(path)
+    elif not _HUB_NAME.fullmatch(source) or source.startswith("."):
+        return None
+    settings = _read_config(source)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Any = config.dtype
+    if dtype == "auto":
+        dtype = torch.float32 if device == "cpu" else "auto"
+    elif not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelError(f"{dtype!r} is not a dtype", hint="use auto, float32, bfloat16 or float16")
+    else:
+        dtype = getattr(torch, dtype)
+    try:
+        model, info = _class_for(settings).from_pretrained(
+            source, dtype=dtype, output_loading_info=True
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises many kinds for a bad checkpoint
+        raise ModelError(
+            f"transformers cannot load it: {_first_line(error)}",
+            where=source,
+            hint="check that the checkpoint is complete and of a supported architecture",
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are missing from the checkpoint: {', '.join(missing[:3])}",
+            where=source,
+            hint="download it again; transformers would run them with random values",
+        )
+    checkpoint_dtype = settings.dtype
+    name = None if checkpoint_dtype is None else str(checkpoint_dtype).removeprefix("torch.")
+    setattr(model, _SOURCE, Source(source, name))
+    return model.to(device).eval()  # type: ignore[no-any-return]
+
+
+def _check_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise ModelError("a file is not a model", where=str(path), hint="give its directory")
+    file = path / "config.json"
+    if not file.is_file():
+        raise ModelError(
+            "there is no config.json in this directory",
+            where=str(path),
+            hint="give a directory that save_pretrained wrote, or a hub name",
+        )
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"config.json is not JSON: {error}", where=str(path)) from error
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise ModelError(
+            "config.json names no model_type", where=str(path), hint="is this a model's directory?"
+        )
+
+
+def _read_config(source: str) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:
+        text = _first_line(error)
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                "the model needs code from its own repository, which bittern does not run",
+                where=source,
+                hint="load it yourself with trust_remote_code=True and call bittern.quantize",
+            ) from error
+        if not Path(source).exists():
+            raise ModelError(
+                f"there is no such directory, and the hub does not give it: {text}",
+                where=source,
+                hint="check the path; behind a gate or offline, download the model first",
+            ) from error
+        raise ModelError(f"config.json cannot be used: {text}", where=source) from error
+
+
+def _class_for(settings: Any) -> Any:
+    """Return the class that config.json names; without one, the causal LM of the model type."""
+    for name in settings.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    known = type(settings) in mapping.keys()  # noqa: SIM118 - a lazy mapping without __contains__
+    return transformers.AutoModelForCausalLM if known else transformers.AutoModel
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
