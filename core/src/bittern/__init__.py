@@ -18,7 +18,18 @@ from typing import TYPE_CHECKING, Any
 from bittern._version import __version__
 
 if TYPE_CHECKING:
-    from bittern.api import calibrate, evaluate, export, load, plan, quantize, revert, verify
+    from bittern.api import (
+        calibrate,
+        evaluate,
+        export,
+        load,
+        plan,
+        quantize,
+        restore,
+        revert,
+        save,
+        verify,
+    )
     from bittern.errors import BitternError, PluginError
     from bittern.hooks.markers import hookimpl
     from bittern.nn import QuantModule, TensorQuantizer
@@ -45,7 +56,9 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "restore",
     "revert",
+    "save",
     "verify",
 ]
 
@@ -57,7 +70,9 @@ _HOMES = {
         "load",
         "plan",
         "quantize",
+        "restore",
         "revert",
+        "save",
         "verify",
     ),
     "bittern.errors": ("BitternError", "PluginError"),

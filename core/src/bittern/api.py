@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from bittern.report import Result
     from bittern.runtime import Data, Progress
 
-__all__ = ["calibrate", "evaluate", "export", "load", "plan", "quantize", "revert", "verify"]
+__all__ = [
+    "calibrate",
+    "evaluate",
+    "export",
+    "load",
+    "plan",
+    "quantize",
+    "restore",
+    "revert",
+    "save",
+    "verify",
+]
 
 
 def _toolkit(toolkit: Toolkit | None) -> Toolkit:
@@ -204,6 +215,36 @@ def verify(
         VerificationError: It is no checkpoint, or no client can run here.
     """
     return _toolkit(toolkit).verify(path, client)
+
+
+def save(model: nn.Module, path: str | Path, *, toolkit: Toolkit | None = None) -> None:
+    """Save a quantized model: weights, ranges and a manifest of what was done. Never pickle.
+
+    Args:
+        model: A quantized model.
+        path: A directory that is empty or not there.
+        toolkit: Plugins to use; all that are installed by default.
+
+    Raises:
+        PlanError: The model is not quantized.
+        OutputError: The directory cannot be used.
+    """
+    _toolkit(toolkit).save(model, path)
+
+
+def restore(model: nn.Module, path: str | Path, *, toolkit: Toolkit | None = None) -> None:
+    """Quantize a fresh model as a saved one was, in place, with bit-identical outputs.
+
+    Args:
+        model: A model of the saved one's architecture.
+        path: What `save` wrote.
+        toolkit: Plugins to use; all that are installed by default.
+
+    Raises:
+        CheckpointError: The state is damaged, needs a plugin that is missing, or does not fit the
+            model; the model is then what it was.
+    """
+    _toolkit(toolkit).restore(model, path)
 
 
 def revert(model: nn.Module) -> None:

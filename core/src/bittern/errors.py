@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BitternError",
     "CalibrationError",
+    "CheckpointError",
     "DataError",
     "ExportError",
     "ModelError",
@@ -69,6 +70,10 @@ class NumericsError(BitternError):
 
 class CalibrationError(BitternError):
     """Calibration met NaN or Inf, or left a quantizer without statistics."""
+
+
+class CheckpointError(BitternError):
+    """A saved state cannot be written, or does not fit the model it is restored into."""
 
 
 class ExportError(BitternError):

@@ -109,8 +109,10 @@ class Toolkit:
         found = self.plugins.first("resolve_model", source=source, config=config)
         if found is None:
             loaders = self.plugins.implementations("resolve_model")
+            looks_like_path = source.startswith((".", "/", "~")) or source.endswith("/")
+            missing = looks_like_path and not Path(source).exists()
             raise ModelError(
-                "no plugin can load this model",
+                "there is no such directory" if missing else "no plugin can load this model",
                 where=source,
                 hint=f"plugins that load models: {', '.join(loaders)}"
                 if loaders
@@ -127,6 +129,8 @@ class Toolkit:
         from bittern.errors import DataError
         from bittern.records import DataConfig
 
+        if source is None:
+            raise DataError("there is no data", hint="give batches, or a path")
         if not isinstance(source, str | Path):
             return source
         config = config if config is not None else DataConfig()
@@ -165,11 +169,17 @@ class Toolkit:
     ) -> CalibrationSummary:
         """Run the plan's algorithms."""
         from bittern.calibration import run_calibration
+        from bittern.errors import PluginError
         from bittern.runtime import SILENT
 
         def wrap(forward: Callable[[], int]) -> int:
             count = self.plugins.first("run_calibration", model=model, plan=plan, forward=forward)
-            return int(count)
+            if not isinstance(count, int):
+                raise PluginError(
+                    f"a run_calibration hook returned {count!r} instead of the number of batches",
+                    hint="let a wrapper return what `yield` gave it",
+                )
+            return count
 
         return run_calibration(
             model,
@@ -193,7 +203,7 @@ class Toolkit:
         progress: Progress | None = None,
     ) -> Result:
         """Plan, convert and calibrate; on an error the model is what it was."""
-        from bittern.convert import revert
+        from bittern.convert import remember
         from bittern.records import Plan
         from bittern.report import Report, Result
 
@@ -202,11 +212,12 @@ class Toolkit:
         else:
             plan = self.plan(model, recipe, overrides=overrides)
         batches = self.data(data, model, config) if data is not None else None
+        undo = remember(model)
         try:
             self.convert(model, plan)
             summary = self.calibrate(model, plan, batches, progress=progress)
         except BaseException:
-            revert(model)
+            undo()
             raise
         return Result(model=model, plan=plan, report=Report(plan=plan, calibration=summary))
 
@@ -301,6 +312,21 @@ class Toolkit:
                     hint=first.remedy,
                 )
         return report
+
+    def save(self, model: nn.Module, path: str | Path) -> None:
+        """Save a quantized model's state."""
+        from bittern.checkpoint import save_state
+
+        save_state(model, Path(path))
+
+    def restore(self, model: nn.Module, path: str | Path) -> None:
+        """Restore a saved state into a fresh model."""
+        from bittern.checkpoint import restore_state
+
+        modules = self.registry.modules.extended(
+            self.plugins.collect("discover_modules", model=model)
+        )
+        restore_state(model, Path(path), self.registry, modules)
 
     def verify(self, path: str | Path, client: str | None = None) -> Verification:
         """Load a checkpoint in its client and compare it with what was recorded."""

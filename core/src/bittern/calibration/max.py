@@ -1,17 +1,21 @@
 """Max calibration: every range is the largest magnitude seen.
 
 A weight is reduced once. A tensor that several modules read is reduced once per batch. The data
-pass runs the unquantized model, and only when the plan has static activation quantizers.
+pass runs the unquantized model, and only when the plan has static activation quantizers. Under
+``torch.distributed`` every rank runs its own data and the ranges are the largest over all ranks.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
+from bittern.calibration.reduce import reduce_max
 from bittern.errors import CalibrationError, NumericsError
 from bittern.nn import named_quant_modules, named_quantizers
 from bittern.nn.observer import MaxObserver
+from bittern.numerics import amax
 from bittern.records import Plan
 
 __all__ = ["run_max"]
@@ -43,8 +47,15 @@ def _weights(model: nn.Module, context: CalibrationContext) -> None:
             continue
         with context.access(module, write=False):
             for quantizer in weights:
+                weight = getattr(module, quantizer.tensor or "").detach()
                 try:
-                    quantizer.calibrate_on(getattr(module, quantizer.tensor or ""))
+                    value = amax(weight, quantizer.spec.granularity)
+                except NumericsError as error:
+                    raise CalibrationError(
+                        error.what, where=quantizer.name, hint=error.hint
+                    ) from error
+                try:
+                    quantizer.set_amax(value)
                 except NumericsError as error:
                     raise CalibrationError(
                         "the weight holds NaN or Inf",
@@ -61,7 +72,9 @@ def _activations(model: nn.Module, forward: Forward, context: CalibrationContext
         for quantizer in were_on:  # statistics are those of the unquantized model
             quantizer.enabled = False
         for quantizer in static:
-            quantizer.observer = MaxObserver(quantizer.spec.granularity, context.shared)
+            quantizer.observer = MaxObserver(
+                quantizer.spec.granularity, context.shared, name=quantizer.name
+            )
         forward()
         observed = [(q, q.observer) for q in static]
     finally:
@@ -69,16 +82,27 @@ def _activations(model: nn.Module, forward: Forward, context: CalibrationContext
             quantizer.observer = None
         for quantizer in were_on:
             quantizer.enabled = True
+    found: dict[str, Tensor | None] = {}
+    problem: CalibrationError | None = None
     for quantizer, observer in observed:
         assert observer is not None
         bad = observer.first_bad_batch()
-        if bad is not None:
-            raise CalibrationError(
+        if bad is not None and problem is None:
+            problem = CalibrationError(
                 f"the activations hold NaN or Inf in batch {bad}",
                 where=quantizer.name,
                 hint="run that batch through the unquantized model in a wider dtype "
                 "(--dtype float32), or leave it out",
             )
-        value = observer.result()
+        found[quantizer.name] = observer.result()
+    reduced = reduce_max(found, str(problem) if problem is not None else None)
+    if problem is not None:
+        raise problem
+    for quantizer, _ in observed:
+        value = reduced[quantizer.name]
         if value is not None:
-            quantizer.set_amax(value)
+            quantizer.set_amax(value.to(_device(found[quantizer.name], value)))
+
+
+def _device(own: Tensor | None, reduced: Tensor) -> torch.device:
+    return own.device if own is not None else reduced.device

@@ -66,16 +66,19 @@ def run_calibration(
     needs = frozenset().union(*(step.needs for step, _ in steps)) if steps else frozenset()
     needed = ("data" in needs and plan.needs_data) or bool(needs - {"data"})
     if needed and data is None:
-        static = next(e for e in plan.entries if e.kind == "activation" and not e.spec.dynamic)
+        static = (e.path for e in plan.entries if e.kind == "activation" and not e.spec.dynamic)
+        path = next(static, None)
+        algorithms = ", ".join(name for name, _ in plan.algorithm)
+        why = f"{path} is static" if path is not None else f"for {algorithms}"
         raise CalibrationError(
-            f"the recipe {plan.recipe!r} needs calibration data "
-            f"({static.module}.{static.slot} is static), and there is none",
+            f"the recipe {plan.recipe!r} needs calibration data ({why}), and there is none",
             hint="give data (--data FILE), or use a recipe with dynamic activations",
         )
+    functions = [resolve(s.run, plugin=registry.algorithms.plugin(s.name)) for s, _ in steps]
+    for function, (step, options) in zip(functions, steps, strict=True):
+        _check_options(function, step.name, options)  # all of them before the first data pass
     with evaluating(model):
-        for step, options in steps:
-            function = resolve(step.run, plugin=registry.algorithms.plugin(step.name))
-            _check_options(function, step.name, options)
+        for function, (_, options) in zip(functions, steps, strict=True):
             function(model, plan, forward if needed else None, context, **options)
     uncalibrated = tuple(name for name, q in named_quantizers(model) if not q.calibrated)
     for name in uncalibrated:
@@ -86,9 +89,10 @@ def run_calibration(
 
 
 def _check_options(function: Callable[..., Any], name: str, options: Mapping[str, object]) -> None:
-    known = [
-        p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY
-    ]
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for option in options:
         if option not in known:
             raise CalibrationError(
@@ -100,11 +104,21 @@ def _check_options(function: Callable[..., Any], name: str, options: Mapping[str
 def _pass(
     model: nn.Module, data: Data, adapter: ModelAdapter, shared: SharedInputs, progress: Progress
 ) -> int:
-    if callable(data) and not hasattr(data, "__iter__"):
-        call_forward(data, model)
-        return 1
     count = 0
     raw: Any
+    if callable(data) and not hasattr(data, "__iter__"):
+
+        def started(*_: Any) -> None:  # every run of the model counts as a batch
+            nonlocal count
+            shared.batch = count
+            count += 1
+
+        handle = model.register_forward_pre_hook(started)
+        try:
+            call_forward(data, model)
+        finally:
+            handle.remove()
+        return max(count, 1)
     for raw in progress.track(data, "calibrating", total=length_of(data)):
         shared.batch = count
         prepare(raw, model, adapter, index=count).run(model)

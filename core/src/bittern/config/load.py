@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.resources
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from bittern.config.schema import (
     Recipe,
     RuleModel,
     SpecModel,
+    as_algorithms,
 )
 from bittern.errors import RecipeError
 from bittern.records import RecipeSource
@@ -40,11 +42,13 @@ def load_recipe(recipe: RecipeLike, *, lookup: Lookup, overrides: Sequence[str] 
         RecipeError: Unknown name or key, malformed file, circular ``extends``.
     """
     if isinstance(recipe, Recipe):
-        if not overrides:
+        if not overrides and not recipe.extends:
             return recipe
         recipe = recipe.model_dump(by_alias=True, exclude_unset=True)
     data, where = _read(recipe, lookup)
     data = _extended(data, where, lookup, ())
+    if "algorithm" in data:  # so that an override finds the list behind every shorthand
+        data["algorithm"] = as_algorithms(data["algorithm"])
     for override in overrides:
         path, value = parse_override(override)
         _override(data, path, value, override)
@@ -58,11 +62,11 @@ def read_source(source: RecipeSource) -> dict[str, Any]:
         RecipeError: The file is missing or malformed.
     """
     if source.package is None or source.resource is None:
-        return {"name": source.name, **source.data}
-    file = importlib.resources.files(source.package) / source.resource
+        return {"name": source.name, **copy.deepcopy(dict(source.data))}
     try:
+        file = importlib.resources.files(source.package) / source.resource
         text = file.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ImportError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"the recipe {source.name!r} cannot be read: {error}", where=source.package
         ) from error
@@ -94,15 +98,16 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 def _read(recipe: str | Path | Mapping[str, Any], lookup: Lookup) -> tuple[dict[str, Any], str]:
     if isinstance(recipe, Mapping):
-        return dict(recipe), str(recipe.get("name", "recipe"))
+        return copy.deepcopy(dict(recipe)), str(recipe.get("name", "recipe"))
     text = str(recipe)
     if isinstance(recipe, Path) or text.endswith((".yaml", ".yml")):
         path = Path(recipe)
         try:
             content = path.read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or error
             raise RecipeError(
-                f"the recipe file {path} cannot be read: {error.strerror}",
+                f"the recipe file {path} cannot be read: {why}",
                 hint="give a name from `bittern recipes`, or the path of a YAML file",
             ) from error
         return {"name": path.stem, **_parse(content, text)}, text
@@ -133,26 +138,34 @@ def _extended(
     data: dict[str, Any], where: str, lookup: Lookup, seen: tuple[str, ...]
 ) -> dict[str, Any]:
     """Merge the parents' rules before ours; every other key of ours replaces theirs."""
-    parents = data.pop("extends", None) or []
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in _names(data, "extends", where):
         if parent in seen:
             raise RecipeError(f"extends itself: {' -> '.join((*seen, parent))}", where=where)
-        above, origin = _read(str(parent), lookup)
-        above = _extended(above, origin, lookup, (*seen, str(parent)))
-        rules = [*merged.get("rules", []), *(above.pop("rules", None) or [])]
-        requires = [*merged.get("requires", []), *_listed(above.pop("requires", None))]
+        above, origin = _read(parent, lookup)
+        above = _extended(above, origin, lookup, (*seen, parent))
+        for own in ("name", "description"):  # they are the parent's, not ours
+            above.pop(own, None)
+        rules = [*merged.get("rules", []), *above.pop("rules")]
+        requires = [*merged.get("requires", []), *above.pop("requires")]
         merged = {**merged, **above, "rules": rules, "requires": requires}
     own_rules = data.get("rules") or []
     if not isinstance(own_rules, list):
         raise RecipeError("rules must be a list", where=where, hint="write `rules:` and `- match:`")
     rules = [*merged.get("rules", []), *own_rules]
-    requires = [*merged.get("requires", []), *_listed(data.get("requires"))]
+    requires = [*merged.get("requires", []), *_names(data, "requires", where)]
     return {**merged, **data, "rules": rules, "requires": requires}
 
 
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+def _names(data: dict[str, Any], key: str, where: str) -> list[str]:
+    """Take the names under ``key`` out of a recipe: one string, or a list of them."""
+    value = data.pop(key, None)
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError(
+            f"{key} must be a name or a list of names", where=where, hint=f"write `{key}: [base]`"
+        )
+    return names
 
 
 def _override(data: Any, path: list[str], value: Any, text: str) -> None:
@@ -197,7 +210,8 @@ def _validate(data: dict[str, Any], where: str) -> Recipe:
 
 
 def _explained(error: ValidationError, where: str) -> RecipeError:
-    first = error.errors()[0]
+    problems = error.errors()  # a mistyped key comes before what is missing because of it
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     location = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
     path = ".".join(location)
     if first["type"] == "extra_forbidden":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["AlgorithmModel", "MatchModel", "Recipe", "RuleModel", "SpecModel"]
+__all__ = ["AlgorithmModel", "MatchModel", "Recipe", "RuleModel", "SpecModel", "as_algorithms"]
 
 GranularityName = Literal["tensor", "channel", "token", "group", "block"]
 
@@ -49,6 +49,8 @@ class SpecModel(_Strict):
             raise ValueError(f"size belongs to granularity: group, not to {self.granularity}")
         if (self.rows is None) != (self.cols is None):
             raise ValueError("a block needs rows and cols")
+        if self.size is not None and self.rows is not None:
+            raise ValueError("size is for groups, rows and cols are for blocks; give one of them")
         if self.rows is not None and self.granularity not in (None, "block"):
             raise ValueError(f"rows and cols belong to granularity: block, not {self.granularity}")
         if self.axis is not None and self.granularity != "channel":
@@ -125,7 +127,9 @@ class AlgorithmModel(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-def _as_algorithms(value: Any) -> Any:
+def as_algorithms(value: Any) -> Any:
+    """Return the list of steps that any shorthand for ``algorithm`` stands for."""
+
     def one(step: Any) -> Any:
         if isinstance(step, str):
             return {"name": step}
@@ -161,7 +165,7 @@ class Recipe(_Strict):
     rules: list[RuleModel] = Field(default_factory=list)
     skip: list[Match] = Field(default_factory=list)
     kv_cache: Spec = None
-    algorithm: Annotated[list[AlgorithmModel], BeforeValidator(_as_algorithms)] = Field(
+    algorithm: Annotated[list[AlgorithmModel], BeforeValidator(as_algorithms)] = Field(
         default_factory=lambda: [AlgorithmModel(name="max")]
     )
     strict: bool = True

@@ -1,5 +1,5 @@
 """From a plan to a quantized model, and back."""
 
-from bittern.convert.apply import convert, plan_of, revert
+from bittern.convert.apply import convert, plan_of, remember, revert
 
-__all__ = ["convert", "plan_of", "revert"]
+__all__ = ["convert", "plan_of", "remember", "revert"]

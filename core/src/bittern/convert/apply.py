@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from bittern.errors import PlanError
-from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules, restore_class
-from bittern.nn.module import swap_class
+from bittern.nn import (
+    QuantModule,
+    TensorQuantizer,
+    named_quant_modules,
+    original_class,
+    restore_class,
+)
+from bittern.nn.module import attach, swap_class
 from bittern.records import Plan
-from bittern.registry import Registry, resolve
+from bittern.registry import ANY, Registry, resolve, target_of
 
-__all__ = ["convert", "plan_of", "revert"]
+__all__ = ["convert", "plan_of", "remember", "revert"]
 
 _PLAN = "_bittern_plan"
 
@@ -33,11 +41,20 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
     modules = dict(model.named_modules())
     by_module = plan.by_module()
     plugins = {entry.module: entry.plugin for entry in plan.entries}
+    targets = {entry.module: entry.rule for entry in plan.entries}
     classes: dict[str, type[QuantModule]] = {}
     for path in by_module:
         if path not in modules:
             raise PlanError(
                 f"the plan names {path!r}, which this model does not have",
+                hint="make the plan from this very model",
+            )
+        own = original_class(modules[path])
+        target = targets[path]
+        if target != ANY and target not in map(target_of, own.__mro__):
+            raise PlanError(
+                f"the plan takes it for a {target}, and it is a {own.__qualname__}",
+                where=path,
                 hint="make the plan from this very model",
             )
         found = resolve(plan.classes[path], plugin=plugins[path])
@@ -62,6 +79,24 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
         }
         swap_class(modules[path], classes[path], quantizers)
     setattr(model, _PLAN, plan)
+
+
+def remember(model: nn.Module) -> Callable[[], None]:
+    """Return a function that undoes whatever is converted from now on.
+
+    A model that an earlier plan converted is then what that plan made of it, scales included.
+    """
+    plan = getattr(model, _PLAN, None)
+    before = [(m, type(m), m.slots()) for _, m in named_quant_modules(model)]
+
+    def undo() -> None:
+        revert(model)
+        for module, cls, quantizers in before:
+            attach(module, cls, quantizers)
+        if plan is not None:
+            setattr(model, _PLAN, plan)
+
+    return undo
 
 
 def plan_of(model: nn.Module) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -21,15 +22,18 @@ def folded_weights(
 
     Yields:
         A switch: ``switch(True)`` runs the model with quantized weights (the start),
-        ``switch(False)`` with the original ones. Weights that are not resident are left alone and
-        quantized on every pass as usual.
+        ``switch(False)`` with the original ones. Weights that are not resident, and tied ones,
+        which another module may read differently, are left alone and quantized on every pass.
     """
+    readers = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     folds: list[tuple[TensorQuantizer, Tensor, Tensor, Tensor]] = []
     with torch.no_grad():
         for _, module in named_quant_modules(model):
             for quantizer in module.slots().values():
                 tensor = getattr(module, quantizer.tensor or "", None)
                 if not isinstance(tensor, nn.Parameter) or tensor.device.type == "meta":
+                    continue
+                if readers[id(tensor)] > 1:
                     continue
                 if not quantizer.enabled or not quantizer.calibrated:
                     continue

@@ -35,9 +35,11 @@ class NextToken:
     def add(self, logits: Tensor, ids: Tensor, mask: Tensor | None) -> None:
         """Take in ``(rows, tokens, vocab)`` logits; masked targets do not count."""
         nll = token_nll(logits, ids)
-        keep = torch.ones_like(nll) if mask is None else (mask[:, 1:] * mask[:, :-1]).to(nll.dtype)
-        self._sum = self._sum + (nll * keep).double().sum()
-        self._count = self._count + keep.sum()
+        keep = torch.ones_like(nll, dtype=torch.bool)
+        if mask is not None:
+            keep = (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+        self._sum = self._sum + torch.where(keep, nll, 0.0).double().sum()  # Inf * 0 is NaN
+        self._count = self._count + keep.sum()  # int64: float32 stops counting at 2^24
 
     @property
     def tokens(self) -> int:
@@ -85,7 +87,9 @@ class Divergence:
         for q, p in zip(ours, theirs, strict=True):
             log_p = F.log_softmax(p.float(), -1)
             log_q = F.log_softmax(q.float(), -1)
-            self._sum = self._sum + (log_p.exp() * (log_p - log_q)).sum().double()
+            terms = log_p.exp() * (log_p - log_q)
+            terms = torch.where(log_p.isneginf(), 0.0, terms)  # 0 log 0 = 0, for masked classes
+            self._sum = self._sum + terms.sum().double()
         self._count += reference.numel() // reference.shape[-1]
 
     @property

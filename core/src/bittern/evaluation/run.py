@@ -44,7 +44,7 @@ def run_evaluation(
     start = time.perf_counter()
     quantized = any(True for _ in named_quant_modules(model))
     reference = reference and quantized
-    ours, theirs = _Tally(), _Tally()
+    ours, theirs = _Tally(adapter.causal), _Tally(adapter.causal)
     kl, output = Divergence(), Sqnr()
     errors: dict[str, Sqnr] = {}
     samples = count = 0
@@ -89,14 +89,22 @@ def run_evaluation(
 class _Tally:
     """Perplexity and accuracy of one run, whichever the data allows."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool | None) -> None:
+        self._causal = causal
         self.tokens = NextToken()
         self.classes = TopOne()
 
     def add(self, logits: Tensor, batch: Batch) -> None:
         ids = batch.ids
         label = batch.targets[0] if batch.targets else None
-        if ids is not None and logits.dim() == 3 and logits.shape[:2] == ids.shape[:2]:
+        matches = (
+            ids is not None
+            and logits.dim() == 3
+            and logits.shape[:2] == ids.shape
+            and int(ids.max()) < logits.shape[-1]  # else the classes are no tokens
+        )
+        if matches and self._causal is not False:
+            assert ids is not None
             self.tokens.add(logits, ids, batch.mask)
         elif (
             isinstance(label, Tensor)
@@ -131,13 +139,21 @@ def _layer_errors(model: nn.Module, batch: Batch) -> dict[str, Sqnr]:
     """Measure each module on its own: same input, its quantizers on against off."""
     errors: dict[str, Sqnr] = {}
     handles = []
+    repeating = False
 
     def watch(path: str) -> Any:
         errors[path] = Sqnr()
 
         def hook(module: QuantModule, args: Any, kwargs: Any, output: Any) -> None:
-            with quantizers_off(module):
-                truth = type(module).forward(module, *args, **kwargs)
+            nonlocal repeating
+            if repeating:  # inside a quantized module that is run once more without quantizers
+                return
+            repeating = True
+            try:
+                with quantizers_off(module):
+                    truth = type(module).forward(module, *args, **kwargs)
+            finally:
+                repeating = False
             if isinstance(output, tuple):
                 output, truth = output[0], truth[0]
             if isinstance(output, Tensor):
@@ -147,7 +163,8 @@ def _layer_errors(model: nn.Module, batch: Batch) -> dict[str, Sqnr]:
 
     try:
         for path, module in named_quant_modules(model):
-            handles.append(module.register_forward_hook(watch(path), with_kwargs=True))
+            hook = watch(path)  # before hooks of others, which may change the output
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         batch.run(model)
     finally:
         for handle in handles:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bittern.errors import OutputError
@@ -50,23 +50,28 @@ def staged_directory(path: Path) -> Iterator[Path]:
     """
     check_output(path)
     path = path.absolute()
+    created = [parent for parent in path.parents if not parent.exists()]  # innermost first
+    stage = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+
+    def clean() -> None:
+        shutil.rmtree(stage, ignore_errors=True)
+        for parent in created:
+            with suppress(OSError):
+                parent.rmdir()
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    except OSError as error:
-        raise _explained(error, path) from error
-    try:
-        stage.chmod(0o755)  # mkdtemp makes it private
+        stage.mkdir()  # not tempfile.mkdtemp, which knows no umask
         yield stage
         check_output(path)
         if path.is_dir():
             path.rmdir()
         stage.rename(path)
     except OSError as error:
-        shutil.rmtree(stage, ignore_errors=True)
+        clean()
         raise _explained(error, path) from error
     except BaseException as error:
-        shutil.rmtree(stage, ignore_errors=True)
+        clean()
         if "No space left" in str(error) or "os error 28" in str(error):
             raise OutputError(
                 "the disk is full", where=str(path), hint="free space, or choose another --output"

@@ -77,17 +77,26 @@ def plain_tensors(model: nn.Module, plan: Plan, *, dtype: str | None) -> dict[st
         plan: Its plan; the weights it quantizes are left out.
         dtype: Name of the dtype on disk of floating tensors, ``None`` for the one in memory.
     """
-    packed = {entry.parameter for entry in plan.entries}
+    modules = dict(model.named_modules(remove_duplicate=False))  # shared modules: every name
+    packed = {(id(modules[e.module]), e.tensor) for e in plan.entries if e.tensor is not None}
     wanted = getattr(torch, dtype) if dtype is not None else None
     found: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
+    storages: set[int] = set()
     for name, tensor in model.state_dict().items():
-        if name in packed or not isinstance(tensor, Tensor):
+        path, _, local = name.rpartition(".")
+        if not isinstance(tensor, Tensor) or (id(modules.get(path)), local) in packed:
             continue
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.storage_offset())
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
+        if tensor.numel():
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+            if key in seen:
+                continue
+            seen.add(key)
         convert = wanted is not None and tensor.is_floating_point()
-        found[name] = (tensor.to(wanted) if convert else tensor).contiguous()
+        plain = (tensor.to(wanted) if convert else tensor).contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        if storage in storages:  # a part of another tensor; safetensors refuses the overlap
+            plain = plain.clone()
+        storages.add(storage)
+        found[name] = plain
     return found

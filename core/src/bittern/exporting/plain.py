@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bittern.errors import VerificationError
+from bittern.errors import ExportError, VerificationError
 from bittern.exporting.context import ExportContext, Written
 from bittern.exporting.packed import packed_modules, plain_tensors
 from bittern.exporting.record import ExportRecord, checksum, checksums
@@ -35,12 +35,19 @@ def write_plain(model: nn.Module, path: Path, context: ExportContext) -> Written
     packed = packed_modules(model, context.access)
     for item in context.progress.track(packed, "packing", total=total):
         prefix = f"{item.path}." if item.path else ""
+        added: dict[str, Tensor] = {}
         for name, weight in item.weights.items():
-            tensors[f"{prefix}{name}"] = weight.codes
-            tensors[f"{prefix}{name}_scale"] = weight.scales.scale.contiguous()
+            added[f"{prefix}{name}"] = weight.codes
+            added[f"{prefix}{name}_scale"] = weight.scales.scale.contiguous()
             simulated[f"{prefix}{name}"] = checksum(dequantize(weight).float())
         for slot, scale in item.inputs.items():
-            tensors[f"{prefix}{slot}_scale"] = scale.contiguous()
+            added[f"{prefix}{slot}_scale"] = scale.contiguous()
+        for name in added.keys() & tensors.keys():
+            raise ExportError(
+                f"the model has a tensor {name!r} of its own, the name of our scale",
+                hint="rename it, or leave this module out of the recipe",
+            )
+        tensors.update(added)
     save_file({k: v.detach().cpu() for k, v in tensors.items()}, path / TENSORS)
     return Written(
         report=ExportReport(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def make_probe(model: nn.Module, adapter: ModelAdapter, data: Any = None) -> Pro
     Returns:
         The probe, or ``None`` for a model that is no language model.
     """
-    if adapter.vocab_size is None or adapter.logits is None:
+    if adapter.vocab_size is None or not adapter.causal:
         return None
     ids = _rows(data, adapter.vocab_size)
     with evaluating(model), folded_weights(model):
@@ -49,7 +49,7 @@ def _rows(data: Any, vocab_size: int) -> Tensor:
     rows: list[Tensor] = []
     if isinstance(data, Iterable) and not isinstance(data, Iterator):
         for raw in data:
-            ids = raw.get("input_ids") if isinstance(raw, dict) else raw
+            ids = raw.get("input_ids") if isinstance(raw, Mapping) else raw
             ids = ids[0] if isinstance(ids, tuple | list) else ids
             if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
                 break

@@ -90,6 +90,9 @@ class ExportRecord:
                     where=str(file),
                     hint="pip install -U bittern",
                 )
+            for key, kind in (("tensors", dict), ("weights", dict), ("entries", list)):
+                if not isinstance(data.get(key, kind()), kind):
+                    raise TypeError(f"{key} is no {kind.__name__}")
             probe = data.pop("probe", None)
             return cls(**data, probe=Probe(**probe) if probe is not None else None)
         except (ValueError, TypeError, AttributeError) as error:
@@ -117,7 +120,8 @@ def entry_dict(plan: Plan) -> list[dict[str, Any]]:
 
 def checksum(tensor: Tensor) -> int:
     """Return the CRC-32 of a tensor's bytes, dtype and shape."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    whole = tensor.detach().to("cpu").contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)  # stride 0: one element
     head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     return zlib.crc32(flat.numpy().data, zlib.crc32(head))
 

@@ -27,7 +27,13 @@ def plugin_failure(label: str, hook: str, name: str, error: BaseException) -> Pl
 
 
 def attribute(
-    function: Callable[..., Any], *, label: str, name: str, hook: str, trace: TraceSink | None
+    function: Callable[..., Any],
+    *,
+    label: str,
+    name: str,
+    hook: str,
+    trace: TraceSink | None,
+    wrapper: bool = False,
 ) -> Callable[..., Any]:
     """Return ``function`` with failures attributed and calls traced.
 
@@ -37,45 +43,51 @@ def attribute(
         name: The plugin's name.
         hook: Name of the hook.
         trace: Where trace lines go; ``None`` traces nothing.
+        wrapper: Whether the function is a hook wrapper: a generator that yields once.
 
     Returns:
         A function of the same kind: a generator function for wrappers.
     """
 
-    def fail(error: Exception) -> Exception:
-        if isinstance(error, BitternError):
-            return error
-        failure = plugin_failure(label, hook, name, error)
-        failure.__cause__ = error
-        return failure
+    def failure(error: Exception) -> PluginError:
+        return plugin_failure(label, hook, name, error)
 
-    if inspect.isgeneratorfunction(function) and hook.startswith("run_"):
-
-        def wrapper(*args: Any) -> Generator[Any, Any, Any]:
+    def wrapped(*args: Any) -> Generator[Any, Any, Any]:
+        if trace is not None:
+            trace(f"{hook}({_short(args)}) <- {name}: wraps\n")
+        try:
             generator = function(*args)
+            value = next(generator)
+        except BitternError:
+            raise
+        except Exception as error:
+            raise failure(error) from error
+        try:
+            sent = yield value
+        except BaseException as downstream:  # belongs to whoever runs inside, not to us
             try:
-                value = next(generator)
+                generator.throw(downstream)
+            except StopIteration as stop:
+                return stop.value
+            except BitternError:
+                raise
             except Exception as error:
-                raise fail(error) from error
-            try:
-                sent = yield value
-            except BaseException as downstream:  # belongs to whoever runs inside, not to us
-                try:
-                    generator.throw(downstream)
-                except StopIteration as stop:
-                    return stop.value
-                except Exception as error:
-                    raise (error if error is downstream else fail(error)) from None
-                raise RuntimeError(f"{label}: {hook} wrapper yielded twice") from None
+                if error is downstream:
+                    raise
+                raise failure(error) from error
+        else:
             try:
                 generator.send(sent)
             except StopIteration as stop:
                 return stop.value
+            except BitternError:
+                raise
             except Exception as error:
-                raise fail(error) from error
-            raise RuntimeError(f"{label}: {hook} wrapper yielded twice")
+                raise failure(error) from error
+        raise failure(RuntimeError("the wrapper yielded twice"))
 
-        return wrapper
+    if wrapper:
+        return wrapped
 
     def call(*args: Any) -> Any:
         start = time.perf_counter()
@@ -88,7 +100,7 @@ def attribute(
                 trace(f"{hook}({_short(args)}) <- {name}: raised {type(error).__name__}\n")
             if isinstance(error, BitternError):
                 raise
-            raise fail(error) from error
+            raise failure(error) from error
         if trace is not None:
             milliseconds = (time.perf_counter() - start) * 1e3
             trace(f"{hook}({_short(args)}) <- {name}: {_short(result)} [{milliseconds:.2f} ms]\n")

@@ -17,6 +17,8 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+from bittern._version import __version__
+
 __all__ = [
     "GROUP",
     "PluginOptions",
@@ -25,6 +27,7 @@ __all__ = [
     "check_probes",
     "check_requirements",
     "discover",
+    "mark_duplicates",
 ]
 
 GROUP = "bittern.plugins"
@@ -119,7 +122,8 @@ class PluginOptions:
             return tuple(n.strip() for n in os.environ.get(variable, "").split(",") if n.strip())
 
         def flag(variable: str) -> bool:
-            return os.environ.get(variable, "") not in ("", "0", "false")
+            value = os.environ.get(variable, "").strip().lower()
+            return value not in ("", "0", "false", "no", "off")
 
         allow = names("BITTERN_PLUGINS")
         return cls(
@@ -151,7 +155,7 @@ class PluginOptions:
 
 
 def discover() -> list[PluginRecord]:
-    """Return the installed plugins, sorted by name, duplicates marked.
+    """Return the installed plugins, sorted by name.
 
     A distribution that ``importlib.metadata`` shows twice (an editable install's egg-info beside
     its dist-info) is one plugin.
@@ -161,27 +165,35 @@ def discover() -> list[PluginRecord]:
         dist = entry.dist
         record = PluginRecord(
             name=entry.name,
-            distribution=dist.name if dist is not None else entry.value,
-            version=dist.version if dist is not None else "",
+            distribution=(dist.name if dist is not None else None) or entry.value,
+            version=(dist.version if dist is not None else None) or "",
             entry=entry.value,
             requirements=_target_requirements(dist.requires if dist is not None else None),
         )
         found.setdefault((canonicalize_name(record.distribution), record.name), record)
-    records: list[PluginRecord] = []
+    return sorted(found.values(), key=lambda r: (r.name, r.distribution))
+
+
+def mark_duplicates(records: Iterable[PluginRecord]) -> list[PluginRecord]:
+    """Return the records sorted by name; of those to be loaded, one per name stays so."""
+    marked: list[PluginRecord] = []
     first: dict[str, PluginRecord] = {}
-    for record in sorted(found.values(), key=lambda r: (r.name, r.distribution)):
-        other = first.setdefault(record.name, record)
-        if other is record:
-            records.append(record)
+    for record in sorted(records, key=lambda r: (r.name, r.distribution)):
+        if record.status is not Status.FOUND:
+            marked.append(record)
+            continue
+        taken = first.setdefault(record.name, record)
+        if taken is record:
+            marked.append(record)
             continue
         duplicate = replace(
             record,
             status=Status.DUPLICATE,
-            reason=f"{other.label} has the name {record.name!r} too and was taken",
-            remedy=f"pip uninstall {record.distribution}",
+            reason=f"{taken.label} has the name {record.name!r} too and was taken",
+            remedy=f"pip uninstall {record.distribution}, or block {taken.distribution}",
         )
-        records.append(duplicate)
-    return records
+        marked.append(duplicate)
+    return marked
 
 
 def _target_requirements(requires: Iterable[str] | None) -> tuple[str, ...]:
@@ -210,6 +222,8 @@ def check_requirements(record: PluginRecord) -> PluginRecord:
         try:
             requirement = Requirement(text)
         except InvalidRequirement:
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         if canonicalize_name(requirement.name) == CORE and not _satisfied(requirement):
             return replace(
@@ -260,6 +274,8 @@ def check_probes(record: PluginRecord, modules: Iterable[str]) -> PluginRecord:
 
 
 def _version(name: str) -> str | None:
+    if canonicalize_name(name) == CORE:
+        return __version__  # what runs, whatever metadata an editable install left behind
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ from bittern.hooks.discovery import (
     check_probes,
     check_requirements,
     discover,
+    mark_duplicates,
 )
 from bittern.hooks.markers import PROJECT
 
@@ -64,9 +65,9 @@ class PluginManager:
         self._records: dict[tuple[str, str], PluginRecord] = {}
         if builtin is not None:
             self._pm.register(builtin, name=BUILTIN)
-        candidates = list(discover() if records is None else records)
+        found = [self._chosen(r) for r in (discover() if records is None else records)]
         # pluggy calls the last registered first: register in reverse, so that calls go by name.
-        for record in sorted(candidates, key=lambda r: (r.name, r.distribution), reverse=True):
+        for record in reversed(mark_duplicates(found)):
             self._keep(self._load(record))
         for file in self.options.files:
             self._keep(self._load_file(Path(file)))
@@ -84,13 +85,16 @@ class PluginManager:
         if record.status is Status.FAILED:
             log.warning("plugin %s failed to load: %s", record.label, record.reason)
 
-    def _load(self, record: PluginRecord) -> PluginRecord:
+    def _chosen(self, record: PluginRecord) -> PluginRecord:
         if record.answers_to(self.options.block):
             return replace(record, status=Status.BLOCKED, reason="blocked by name")
         if self.options.allow is not None and not record.answers_to(self.options.allow):
             return replace(
                 record, status=Status.BLOCKED, reason="not in the list of allowed plugins"
             )
+        return record
+
+    def _load(self, record: PluginRecord) -> PluginRecord:
         if record.status is not Status.FOUND:
             return record
         record = check_requirements(record)
@@ -157,6 +161,7 @@ class PluginManager:
                         label=record.label,
                         name=record.name,
                         hook=caller.name,
+                        wrapper=impl.wrapper or impl.hookwrapper,
                         trace=trace,
                     )
         if unknown:
@@ -209,7 +214,8 @@ class PluginManager:
             PluginError: An implementation failed, or returned something else than its records.
         """
         wanted = specs.RETURNS[hook]
-        for impl in getattr(self._pm.hook, hook).get_hookimpls():
+        impls = getattr(self._pm.hook, hook).get_hookimpls()
+        for impl in sorted(impls, key=lambda i: (i.plugin_name != BUILTIN, i.plugin_name)):
             label, builtin = self._who(impl.plugin_name)
             result = impl.function(*(arguments[name] for name in impl.argnames))
             if result is None:
@@ -235,10 +241,55 @@ class PluginManager:
         """Call a hook whose results do not matter."""
         getattr(self._pm.hook, hook)(**arguments)
 
+    def notify_each(self, hook: str, **arguments: Any) -> tuple[tuple[str, Exception], ...]:
+        """Call every implementation of a hook, also those after one that failed.
+
+        Returns:
+            ``(plugin label, error)`` of those that failed.
+        """
+        failures: list[tuple[str, Exception]] = []
+        for impl in reversed(getattr(self._pm.hook, hook).get_hookimpls()):
+            try:
+                impl.function(*(arguments[name] for name in impl.argnames))
+            except Exception as error:
+                failures.append((self._who(impl.plugin_name)[0], error))
+        return tuple(failures)
+
     def implementations(self, hook: str) -> tuple[str, ...]:
         """Return the labels of the plugins that implement ``hook``."""
         impls = getattr(self._pm.hook, hook).get_hookimpls()
         return tuple(self._who(impl.plugin_name)[0] for impl in impls)
+
+    def intercept(self, around: Callable[..., Callable[..., Any]]) -> Callable[[], None]:
+        """Put a function around every implementation, as `bittern.testing.HookRecorder` does.
+
+        Args:
+            around: Called as ``around(function, hook=, plugin=, names=, wrapper=)`` with the
+                implementation, the hook's name, the plugin's label, the names of the positional
+                arguments, and whether it is a hook wrapper; returns the function to call instead.
+
+        Returns:
+            A function that undoes it.
+        """
+        before: list[tuple[Any, Any]] = []
+        for hook, spec in sorted(vars(specs).items()):
+            if getattr(spec, f"{PROJECT}_spec", None) is None:
+                continue
+            for impl in getattr(self._pm.hook, hook).get_hookimpls():
+                before.append((impl, impl.function))
+                impl.function = around(
+                    impl.function,
+                    hook=hook,
+                    plugin=self._who(impl.plugin_name)[0],
+                    names=impl.argnames,
+                    wrapper=impl.wrapper or impl.hookwrapper,
+                )
+
+        def undo() -> None:
+            for impl, function in before:
+                impl.function = function
+
+        return undo
 
     def _who(self, key: str) -> tuple[str, bool]:
         if key == BUILTIN:

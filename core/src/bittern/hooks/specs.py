@@ -193,7 +193,7 @@ def resolve_model_adapter(model: nn.Module) -> ModelAdapter | None:
 
 
 @hookspec(firstresult=True)
-def resolve_weight_access(module: nn.Module, *, write: bool) -> AbstractContextManager[None] | None:
+def resolve_weight_access(module: nn.Module, write: bool) -> AbstractContextManager[None] | None:
     """Make offloaded, sharded or meta weights of one module readable, and writable.
 
     Called around every access to a weight outside a forward pass.

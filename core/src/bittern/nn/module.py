@@ -16,6 +16,7 @@ from bittern.nn.quantizer import TensorQuantizer
 
 __all__ = [
     "QuantModule",
+    "attach",
     "named_quant_modules",
     "named_quantizers",
     "original_class",
@@ -69,7 +70,12 @@ def swap_class(
         name = f"Quant{own.__name__}"
         body = {"original_class": own, "__module__": quantized.__module__, "__qualname__": name}
         _CLASSES[key] = type(name, (quantized, own), body)
-    module.__class__ = _CLASSES[key]
+    attach(module, _CLASSES[key], quantizers)
+
+
+def attach(module: nn.Module, cls: type, quantizers: dict[str, TensorQuantizer]) -> None:
+    """Give ``module`` a class that `swap_class` made, and its quantizers."""
+    module.__class__ = cls
     for slot, quantizer in quantizers.items():
         module.add_module(slot + SUFFIX, quantizer.train(module.training))
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bittern.errors import CalibrationError
 from bittern.numerics import amax
 from bittern.records import Granularity
 
@@ -71,10 +72,12 @@ class MaxObserver:
     Args:
         granularity: Which elements share a scale.
         shared: Shared with the other quantizers of the model.
+        name: The quantizer's name, for errors.
     """
 
-    def __init__(self, granularity: Granularity, shared: SharedInputs) -> None:
+    def __init__(self, granularity: Granularity, shared: SharedInputs, *, name: str = "") -> None:
         self._granularity = granularity
+        self._name = name
         self._shared = shared
         self._amax: Tensor | None = None
         self._good: Tensor | None = None
@@ -82,10 +85,21 @@ class MaxObserver:
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Take in one tensor; an empty one (an expert without tokens) counts for nothing."""
+        """Take in one tensor; an empty one (an expert without tokens) counts for nothing.
+
+        Raises:
+            CalibrationError: Its scales have another shape than those of earlier tensors.
+        """
         if x.numel() == 0:
             return
         value = self._shared.amax(x, self._granularity)
+        if self._amax is not None and value.shape != self._amax.shape:
+            raise CalibrationError(
+                f"inputs of different shapes have no common scales: granularity "
+                f"{self._granularity} gives {tuple(self._amax.shape)} and {tuple(value.shape)}",
+                where=self._name or None,
+                hint="use granularity: tensor, or make the scales dynamic",
+            )
         self._amax = value if self._amax is None else torch.maximum(self._amax, value)
         finite = self._amax.isfinite()
         finite = finite.all() if finite.dim() else finite

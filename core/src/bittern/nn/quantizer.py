@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from bittern.errors import NumericsError
 from bittern.nn.observer import Observer
-from bittern.numerics import Scales, amax, fake_quantize, scales_from_amax
+from bittern.numerics import Scales, amax, codec_of, fake_quantize, scales_from_amax
 from bittern.numerics.autograd import straight_through
 from bittern.records import QuantizerSpec
 from bittern.registry import KernelTable
@@ -54,6 +57,7 @@ class TensorQuantizer(nn.Module):
         self.kernels = kernels
         self.enabled = True
         self.observer: Observer | None = None
+        codec_of(spec.format)  # a format that does not resolve fails here, not in a forward pass
         self.register_buffer("amax", None, persistent=False)
         self.register_buffer("scale", None, persistent=False)
 
@@ -103,7 +107,8 @@ class TensorQuantizer(nn.Module):
         return self._round(x)
 
     def _round(self, x: Tensor) -> Tensor:
-        if self.kernels is not None:
+        # torch.compile gets the reference: it fuses that itself, and looks into no kernel
+        if self.kernels is not None and not torch.compiler.is_compiling():
             kernel = self.kernels.find("fake_quantize", self.spec.format.name, x.device, x.dtype)
             if kernel is not None:
                 result: Tensor | None = kernel(x, self.spec, self.scales)
@@ -113,6 +118,16 @@ class TensorQuantizer(nn.Module):
             return fake_quantize(x, self.spec, self.scales)
         except NumericsError as error:
             raise NumericsError(error.what, where=self.name or None, hint=error.hint) from None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but stay float32: a scale in half precision gives other codes."""
+        before = {name: self._buffers[name] for name in ("amax", "scale")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype != value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         """Say format, granularity and state in one line."""

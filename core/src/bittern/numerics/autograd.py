@@ -17,17 +17,20 @@ __all__ = ["straight_through"]
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         amax: Tensor | None,
         spec: QuantizerSpec,
         apply: Callable[[Tensor], Tensor],
     ) -> Tensor:
+        return apply(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, amax, spec, _ = inputs  # apart from forward, as torch.func.grad needs it
         if amax is not None:
             blocks = as_blocks(x, spec.granularity)
-            inside = blocks.abs() <= expand_scale(amax, spec.granularity)
+            inside = blocks.float().abs() <= expand_scale(amax, spec.granularity)
             ctx.save_for_backward(from_blocks(inside, spec.granularity, x.shape))
-        return apply(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

@@ -7,12 +7,12 @@ A codec is pure: tensors in, tensors out, all arithmetic in float32. `quantize`,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bittern.errors import NumericsError
 from bittern.records import NumberFormat
 from bittern.registry.targets import resolve
 
@@ -79,6 +79,10 @@ class IntCodec:
 
     bits: int
     narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise NumericsError(f"integers have 2 to 8 bits, not {self.bits}")
 
     @property
     def max_value(self) -> float:
@@ -152,12 +156,14 @@ class FloatCodec:
         return codes.float()
 
 
+# A plain dict, since torch.compile looks into it, and ignores functools.lru_cache.
+_CODECS: dict[tuple[str, tuple[tuple[str, object], ...]], Codec] = {}
+
+
 def codec_of(number_format: NumberFormat) -> Codec:
     """Return the codec of a format, made once per (factory, parameters)."""
-    return _made(number_format.codec, tuple(sorted(number_format.params.items())))
-
-
-@lru_cache(maxsize=256)
-def _made(factory: str, params: tuple[tuple[str, object], ...]) -> Codec:
-    codec: Codec = resolve(factory)(**dict(params))
+    key = (number_format.codec, tuple(sorted(number_format.params.items())))
+    codec = _CODECS.get(key)
+    if codec is None:
+        codec = _CODECS[key] = resolve(number_format.codec)(**number_format.params)
     return codec

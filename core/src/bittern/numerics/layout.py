@@ -13,7 +13,7 @@ from torch import Tensor
 from bittern.errors import NumericsError
 from bittern.records import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 
-__all__ = ["amax", "as_blocks", "expand_scale", "from_blocks", "scale_shape"]
+__all__ = ["amax", "as_blocks", "check_dtype", "expand_scale", "from_blocks", "scale_shape"]
 
 
 def as_blocks(x: Tensor, granularity: Granularity) -> Tensor:
@@ -38,10 +38,13 @@ def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> 
     """Undo `as_blocks`: return a tensor of ``shape``, padding cut off."""
     match granularity:
         case PerGroup():
-            return blocks.flatten(-2)[..., : shape[-1]].reshape(shape)
+            flat = blocks.flatten(-2)
+            padded = flat.shape[-1] != shape[-1]
+            return flat[..., : shape[-1]].contiguous() if padded else flat
         case PerBlock():
             flat = blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
-            return flat[..., : shape[-2], : shape[-1]].reshape(shape)
+            padded = flat.shape != shape
+            return flat[..., : shape[-2], : shape[-1]].contiguous() if padded else flat
         case _:
             return blocks
 
@@ -88,17 +91,14 @@ def amax(x: Tensor, granularity: Granularity) -> Tensor:
     Raises:
         NumericsError: ``x`` is not a real floating tensor, or has too few dimensions.
     """
-    if not x.is_floating_point():
-        raise NumericsError(
-            f"cannot quantize a tensor of dtype {x.dtype}", hint="floating tensors only"
-        )
+    check_dtype(x)
     shape = scale_shape(x.shape, granularity)
     if x.numel() == 0:
         return torch.zeros(shape, dtype=torch.float32, device=x.device)
     match granularity:
         case PerTensor():
             low, high = torch.aminmax(x)  # one pass, no temporary; abs().amax() makes one
-            return torch.maximum(-low, high).float()
+            return torch.maximum(low.abs(), high.abs()).float()
         case PerChannel(axis=axis):
             keep = axis % x.dim()
             dims = tuple(i for i in range(x.dim()) if i != keep)
@@ -109,6 +109,19 @@ def amax(x: Tensor, granularity: Granularity) -> Tensor:
             return as_blocks(x, granularity).abs().amax(dim=-1).float()
         case PerBlock():
             return as_blocks(x, granularity).abs().amax(dim=(-2, -1)).float()
+
+
+def check_dtype(x: Tensor) -> None:
+    """Raise unless ``x`` holds real floating numbers of 16 bits or more.
+
+    Raises:
+        NumericsError: It does not.
+    """
+    if not x.is_floating_point() or x.element_size() < 2:
+        raise NumericsError(
+            f"cannot quantize a tensor of dtype {x.dtype}",
+            hint="float16, bfloat16, float32 and float64 can be quantized",
+        )
 
 
 def _check_rank(rank: int, granularity: Granularity) -> None:

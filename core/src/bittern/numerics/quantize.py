@@ -13,7 +13,14 @@ from torch import Tensor
 
 from bittern.errors import NumericsError
 from bittern.numerics.codec import Scales, codec_of
-from bittern.numerics.layout import amax, as_blocks, expand_scale, from_blocks, scale_shape
+from bittern.numerics.layout import (
+    amax,
+    as_blocks,
+    check_dtype,
+    expand_scale,
+    from_blocks,
+    scale_shape,
+)
 from bittern.records import QuantizerSpec
 
 __all__ = ["Quantized", "dequantize", "fake_quantize", "quantize", "scales_from_amax"]
@@ -55,7 +62,8 @@ def fake_quantize(x: Tensor, spec: QuantizerSpec, scales: Scales | None = None) 
     Raises:
         NumericsError: ``x`` is not floating, or the scales do not fit its shape.
     """
-    if x.numel() == 0 and x.is_floating_point():
+    check_dtype(x)
+    if x.numel() == 0:
         return x.clone()
     codec = codec_of(spec.format)
     values, scale = _grid_values(x, spec, scales)
@@ -72,9 +80,12 @@ def quantize(x: Tensor, spec: QuantizerSpec, scales: Scales | None = None) -> Qu
         scales: Static scales; ``None`` computes them from ``x``.
 
     Raises:
-        NumericsError: ``x`` holds NaN or Inf, which no code stands for.
+        NumericsError: ``x`` holds NaN or Inf, which no code stands for, is not floating, or the
+            scales do not fit its shape.
     """
-    if not bool(torch.isfinite(x).all()):
+    check_dtype(x)
+    # float64 goes through float32, where it may be too large
+    if not bool(torch.isfinite(x.float() if x.dtype == torch.float64 else x).all()):
         raise NumericsError("cannot pack a tensor with NaN or Inf", hint="check the checkpoint")
     codec = codec_of(spec.format)
     if scales is None:
@@ -102,11 +113,7 @@ def _grid_values(x: Tensor, spec: QuantizerSpec, scales: Scales | None) -> tuple
     """Return ``x / scale`` as a fresh float32 tensor in block layout, and the scale for it."""
     if scales is None:
         scales = codec_of(spec.format).scales(amax(x, spec.granularity))
-    elif not x.is_floating_point():
-        raise NumericsError(
-            f"cannot quantize a tensor of dtype {x.dtype}", hint="floating tensors only"
-        )
-    elif scales.scale.dim() and scales.scale.shape != scale_shape(x.shape, spec.granularity):
+    elif scales.scale.shape != scale_shape(x.shape, spec.granularity):
         raise NumericsError(
             f"scales of shape {tuple(scales.scale.shape)} do not fit a tensor of shape "
             f"{tuple(x.shape)} with granularity {spec.granularity}",

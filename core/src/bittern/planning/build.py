@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bittern.config import Recipe, SpecModel
-from bittern.errors import PlanError, RecipeError
+from bittern.errors import ModelError, NumericsError, PlanError, RecipeError
 from bittern.nn import original_class
+from bittern.numerics import scale_shape
 from bittern.planning.match import Matcher
 from bittern.planning.specs import resolve_spec
 from bittern.records import ModelAdapter, ModuleRule, Plan, PlanEntry
@@ -21,13 +23,23 @@ __all__ = ["build_plan"]
 
 @dataclass
 class _Rule:
-    """A recipe rule with its matcher and what it met."""
+    """A recipe rule, or a ``skip``, with its matcher and what it met.
+
+    Attributes:
+        matcher: Its pattern.
+        specs: What it says about slots; nothing for a ``skip``.
+        label: For errors.
+        seen: The modules it matched.
+        usable: Whether one of them has a module rule.
+        leaf: Whether one of them is more than a container of others.
+    """
 
     matcher: Matcher
     specs: Mapping[str, SpecModel | None]
     label: str
     seen: set[str] = field(default_factory=set)
     usable: bool = False
+    leaf: bool = False
 
 
 def build_plan(
@@ -50,14 +62,25 @@ def build_plan(
     Raises:
         RecipeError: A pattern matches nothing (with ``strict``), or a spec is impossible.
         PlanError: Nothing would be quantized.
+        ModelError: A lazy module has no weights yet.
     """
     adapter = adapter if adapter is not None else ModelAdapter()
+    if adapter.quantized_by is not None:
+        raise PlanError(
+            f"this model is quantized already, by {adapter.quantized_by}",
+            hint="load the original checkpoint",
+        )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ModelError(
+                "the weight has no shape yet", where=name, hint="run the model once, then plan"
+            )
     table = modules if modules is not None else registry.modules
     rules = [
         _Rule(Matcher(rule.match), rule.specs(), f"rule {i}: {rule.match}")
         for i, rule in enumerate(recipe.rules)
     ]
-    skips = [Matcher(match) for match in recipe.skip]
+    skips = [_Rule(Matcher(match), {}, f"skip {i}: {match}") for i, match in enumerate(recipe.skip)]
     if recipe.kv_cache is not None:
         raise RecipeError("kv_cache is not supported by this version", hint="leave out kv_cache")
     entries: list[PlanEntry] = []
@@ -70,15 +93,20 @@ def build_plan(
         bearing = any(True for _ in module.parameters(recurse=False))
         match = table.find(module, cls)
         usable = isinstance(match, Match) and match.rule.quantized is not None
-        for rule in rules:
+        skip = None
+        for rule in skips:
+            if rule.matcher(path, cls, adapter.roles):
+                rule.seen.add(path)
+                skip = skip if skip is not None else rule.matcher
+        for rule in (*rules, *skips):
             rule.usable = rule.usable or (path in rule.seen and usable)
+            rule.leaf = rule.leaf or (path in rule.seen and (bearing or _childless(module)))
         if not any(spec is not None for spec, _ in wanted.values()):
             if bearing:
                 skipped[path] = (
                     "switched off by the recipe" if wanted else "no recipe rule names it"
                 )
             continue
-        skip = next((s for s in skips if s(path, cls, adapter.roles)), None)
         if skip is not None:
             if bearing:
                 skipped[path] = f"the recipe skips {skip}"
@@ -88,13 +116,19 @@ def build_plan(
                 reason = match.rule.reason if isinstance(match, Match) else match.reason
                 skipped[path] = reason or f"no plugin has a rule for {cls.__qualname__}"
             continue
+        if "forward" in vars(module):
+            skipped[path] = (
+                "its forward was replaced on the object itself (as hooks of accelerate do), so a "
+                "quantized class would not be run"
+            )
+            continue
         found = list(_entries(path, module, match, wanted, registry, warnings=warnings))
         if found:
             entries.extend(found)
             classes[path] = match.rule.quantized
         elif bearing:
             skipped[path] = "no slot of the recipe fits it"
-    _check_patterns(rules, recipe, model, warnings)
+    _check_patterns([*rules, *skips], recipe, model, warnings)
     if not entries:
         raise PlanError(
             f"the recipe {recipe.name!r} quantizes nothing in this model",
@@ -124,6 +158,10 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if not isinstance(module, TensorQuantizer):
             yield path, module
+
+
+def _childless(module: nn.Module) -> bool:
+    return next(iter(module.children()), None) is None
 
 
 def _wanted(
@@ -159,10 +197,17 @@ def _entries(
         if spec is None:
             continue
         tensor = getattr(module, slot.tensor or name, None) if slot.kind == "weight" else None
+        whole = resolve_spec(spec, slot, registry.formats, where=label)
+        if isinstance(tensor, Tensor):
+            try:
+                scale_shape(tensor.shape, whole.granularity)
+            except NumericsError as error:
+                at = f"{path}.{name}" if path else name
+                raise RecipeError(f"{at}: {error.what}", where=label, hint=error.hint) from error
         yield PlanEntry(
             module=path,
             slot=name,
-            spec=resolve_spec(spec, slot, registry.formats, where=label),
+            spec=whole,
             rule=match.rule.target,
             plugin=match.plugin,
             kind=slot.kind,
@@ -175,23 +220,30 @@ def _entries(
 def _check_patterns(
     rules: list[_Rule], recipe: Recipe, model: nn.Module, warnings: list[str]
 ) -> None:
-    paths = [path for path, _ in _own_modules(model) if path]
+    every = [path for path, _ in _own_modules(model)]
+    paths = [path for path in every if path]
     for rule in rules:
         problem = hint = ""
+        skip = rule.label.startswith("skip")
         for pattern in rule.matcher.match.name:
-            if not any(rule.matcher.names(pattern, path) for path in paths):
+            if not any(rule.matcher.names(pattern, path) for path in every):
                 problem = f"the pattern {pattern!r} matches no module"
                 close = ", ".join(nearest(pattern.removeprefix("re:"), paths, count=3))
                 hint = f"the closest names are {close}"
-        if not problem and not rule.seen and not rule.matcher.by_role_only:
+        if not problem and not rule.seen and not rule.matcher.by_role_only and not skip:
             problem = f"the pattern {str(rule.matcher)!r} matches no module"
             kinds = sorted({original_class(m).__name__ for _, m in _own_modules(model)})
             close = ", ".join(nearest(str(rule.matcher).removeprefix("class "), kinds, count=3))
             hint = f"the closest classes are {close}"
-        if not problem and rule.seen and not rule.usable and any(rule.specs.values()):
-            some = sorted(rule.seen)[0] or "the model itself"
+        if any(rule.specs.values()):
+            useless = not rule.usable
+        else:  # what switches off by name must name more than containers
+            useless = bool(rule.matcher.match.name) and not rule.leaf
+        if not problem and rule.seen and useless:
+            some = sorted(rule.seen)[0]
             problem = f"the pattern {str(rule.matcher)!r} matches only modules without a rule"
-            hint = f"it matches {some}; name its children with {some}.* or *"
+            children = f"{some}.* or *" if some else "*"
+            hint = f"it matches {some or 'the model itself'}; name its children with {children}"
         if not problem:
             continue
         if recipe.strict:
@@ -204,20 +256,20 @@ def _bytes(model: nn.Module, entries: list[PlanEntry], dtype: str | None) -> tup
     import torch
 
     width = getattr(torch, dtype).itemsize if dtype is not None else None
-    sizes: dict[int, int] = {}
-    names: dict[str, int] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))  # shared modules: every name
+    quantized = {(id(modules[e.module]), e.tensor): e for e in entries if e.shape is not None}
+    before: dict[int, int] = {}
+    after: dict[tuple[int, str], int] = {}  # a tied weight has one copy per way it is stored
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue
         item = width if width is not None and tensor.is_floating_point() else tensor.element_size()
-        sizes[id(tensor)] = tensor.numel() * item
-        names[name] = id(tensor)
-    before = sum(sizes.values())
-    for entry in entries:
-        if entry.kind != "weight" or entry.shape is None:
-            continue
-        key = names.get(entry.parameter or "")
-        if key is not None:
-            numel = math.prod(entry.shape)
-            sizes[key] = math.ceil(entry.spec.bits_per_element(entry.shape) * numel / 8)
-    return before, sum(sizes.values())
+        size = before[id(tensor)] = tensor.numel() * item
+        path, _, local = name.rpartition(".")
+        entry = quantized.get((id(modules.get(path)), local))
+        if entry is None:
+            after[id(tensor), ""] = size
+        else:
+            bits = entry.spec.bits_per_element(tuple(tensor.shape)) * tensor.numel()
+            after[id(tensor), str(entry.spec)] = math.ceil(bits / 8)
+    return sum(before.values()), sum(after.values())

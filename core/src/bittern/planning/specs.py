@@ -49,7 +49,7 @@ def resolve_spec(
         raise RecipeError("a weight has no tokens", where=where, hint="use granularity: channel")
     if not weight and fine and not dynamic:
         raise RecipeError(
-            f"static scales per {said.granularity} would fix the shape of activations",
+            f"static scales per {granularity} would fix the shape of activations",
             where=where,
             hint="leave out dynamic: false, or use granularity: tensor",
         )

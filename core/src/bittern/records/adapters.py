@@ -49,6 +49,9 @@ class ModelAdapter:
             recipes match roles.
         dtype: Name of the dtype that tensors which stay as they are have on disk, where that is
             not the dtype in memory.
+        causal: Whether each position predicts the next token, which is what perplexity measures;
+            ``None`` lets the shapes decide.
+        quantized_by: Who quantized the model already, ``None`` for a plain model.
         vocab_size: Number of token ids the model takes, ``None`` where it takes none.
         example_inputs: Makes keyword arguments that run the model once.
         logits: Takes the model's output to its logits, ``(batch, tokens, vocab)``.
@@ -60,6 +63,8 @@ class ModelAdapter:
     blocks: tuple[str, ...] = ()
     roles: Mapping[str, str] = field(default_factory=dict)
     dtype: str | None = None
+    causal: bool | None = None
+    quantized_by: str | None = None
     vocab_size: int | None = None
     example_inputs: Callable[[], Mapping[str, Any]] | None = None
     logits: Callable[[Any], Any] | None = None

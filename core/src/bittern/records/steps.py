@@ -55,7 +55,7 @@ class Exporter:
         verify: ``"package.module:function"`` called as ``verify(path, record)`` with the content
             of bittern.json (``None`` for a checkpoint that another tool wrote); it loads ``path``
             in a client that is not ours, in a fresh process, and returns a ``Verification``.
-        check: ``"package.module:function"`` called as ``check(model, plan)`` before anything is
+        check: ``"package.module:function"`` called as ``check(model, context)`` before anything is
             computed; it raises `ExportError` where the client cannot load the plan.
         client: Who reads the format.
         priority: The highest exporter that accepts the model is the default format.

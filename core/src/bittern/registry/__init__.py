@@ -1,12 +1,13 @@
 """Rule tables with provenance, precedence and conflict errors."""
 
 from bittern.registry.kernels import KernelTable
-from bittern.registry.modules import ClassTable, Match, NoMatch
+from bittern.registry.modules import ANY, ClassTable, Match, NoMatch
 from bittern.registry.registry import Registry
 from bittern.registry.tables import NamedTable, nearest
 from bittern.registry.targets import resolve, target_of
 
 __all__ = [
+    "ANY",
     "ClassTable",
     "KernelTable",
     "Match",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bittern.records import Evaluation, Plan, Verification
@@ -24,7 +27,7 @@ def human_bytes(count: float) -> str:
 def show_plan(plan: Plan, console: Console | None = None) -> None:
     """Show who is quantized how, and what is skipped and why."""
     console = console if console is not None else Console()
-    table = Table(title=f"{plan.recipe}: {len(plan.modules)} modules quantized")
+    table = Table(title=f"{escape(plan.recipe)}: {len(plan.modules)} modules quantized")
     for column in ("modules", "n", "slots", "rule of"):
         table.add_column(column, justify="right" if column == "n" else "left", overflow="fold")
     described = [
@@ -38,17 +41,18 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
         for path, slots in plan.by_module().items()
     ]
     for pattern, (text, plugin), count in collapse(described):
-        table.add_row(pattern, str(count), text, plugin)
+        table.add_row(escape(pattern), str(count), escape(text), escape(plugin))
     console.print(table)
     if plan.skipped:
         skipped = Table(title="left as it is")
         for column in ("modules", "n", "why"):
-            skipped.add_column(column, justify="right" if column == "n" else "left")
+            justify: Literal["left", "right"] = "right" if column == "n" else "left"
+            skipped.add_column(column, justify=justify, overflow="fold")
         for pattern, why, count in collapse((p or "(model)", w) for p, w in plan.skipped.items()):
-            skipped.add_row(pattern, str(count), str(why))
+            skipped.add_row(escape(pattern), str(count), escape(str(why)))
         console.print(skipped)
     for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(
         f"{plan.parameters:,} parameters, {human_bytes(plan.bytes_before)} -> "
         f"{human_bytes(plan.bytes_after)} "
@@ -86,7 +90,7 @@ def show_evaluation(evaluation: Evaluation, console: Console | None = None) -> N
         worst.add_column("module")
         worst.add_column("SQNR", justify="right")
         for layer in evaluation.layers[:8]:
-            worst.add_row(layer.module or "(model)", f"{layer.sqnr_db:.1f} dB")
+            worst.add_row(escape(layer.module) or "(model)", f"{layer.sqnr_db:.1f} dB")
         console.print(worst)
 
 
@@ -94,11 +98,13 @@ def show_verification(verification: Verification, console: Console | None = None
     """Show the verdict and every finding."""
     console = console if console is not None else Console()
     verdict = "[green]verified[/]" if verification.ok else "[red]NOT verified[/]"
-    console.print(f"{verdict} by {verification.client}: {verification.path}")
+    console.print(f"{verdict} by {escape(verification.client)}: {escape(verification.path)}")
     for check in verification.checks:
-        console.print(f"  {check}")
+        console.print(f"  {escape(check)}")
     for finding in verification.findings:
-        console.print(f"  [red]{finding.tensor_or_field}[/]: {finding.problem}; {finding.remedy}")
+        what = escape(finding.tensor_or_field)
+        text = escape(f"{finding.problem}; {finding.remedy}")
+        console.print(f"  [red]{what}[/]: {text}")
 
 
 def show_report(report: Report, console: Console | None = None) -> None:
@@ -109,11 +115,11 @@ def show_report(report: Report, console: Console | None = None) -> None:
     if calibration.batches:
         console.print(f"calibrated on {calibration.batches} batches, {calibration.seconds:.1f} s")
     for name in calibration.uncalibrated:
-        console.print(f"[yellow]warning:[/] {name} saw no data and stays unquantized")
+        console.print(f"[yellow]warning:[/] {escape(name)} saw no data and stays unquantized")
     if report.evaluation is not None:
         show_evaluation(report.evaluation, console)
     if report.export is not None:
         size = human_bytes(report.export.bytes)
-        console.print(f"wrote {report.export.path} ({report.export.format}, {size})")
+        console.print(f"wrote {escape(report.export.path)} ({report.export.format}, {size})")
     if report.verification is not None:
         show_verification(report.verification, console)

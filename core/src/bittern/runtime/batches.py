@@ -112,7 +112,9 @@ def _moved(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Mapping):
         return {k: _moved(v, device) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_moved(v, device) for v in value)
+        moved = [_moved(v, device) for v in value]
+        named = hasattr(value, "_fields")  # a namedtuple takes its fields one by one
+        return type(value)(*moved) if named else type(value)(moved)
     return value
 
 

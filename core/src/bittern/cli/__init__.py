@@ -1,0 +1,1 @@
+"""The command line ``bittern``: one file per command, imported when it is called."""

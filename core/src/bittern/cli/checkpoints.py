@@ -1,0 +1,214 @@
+"""Reads what a directory holds: bittern.json, config.json, the headers of safetensors files.
+
+No tensor is loaded, and torch only where there is a bittern.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bittern.errors import ModelError
+from bittern.report.blocks import collapse
+
+__all__ = ["TensorHeader", "describe"]
+
+EXPORT, QUANTIZED, PLAIN = "bittern export", "quantized checkpoint", "plain model"
+PICKLED = (".bin", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor of a safetensors file, by its header.
+
+    Attributes:
+        name: Name in the file.
+        dtype: The format's name of the dtype, ``"F8_E4M3"``.
+        shape: Its shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its data."""
+        digits = re.search(r"\d+", self.dtype)
+        bits = int(digits.group()) if digits is not None else 8  # BOOL
+        return math.ceil(math.prod(self.shape) * bits / 8)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what ``path`` holds, as plain data.
+
+    Raises:
+        ModelError: It is no directory, holds no model, or a file is damaged.
+        VerificationError: bittern.json is malformed or newer than this version.
+    """
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "there is no such directory"
+        raise ModelError(what, where=str(path), hint="give a model's directory")
+    config = _config(path)
+    quantization = config.get("quantization_config") if config is not None else None
+    quantization = quantization if isinstance(quantization, dict) else None
+    export = _export(path)
+    files = sorted(f for f in path.rglob("*.safetensors") if f.is_file())
+    headers = [header for file in files for header in _headers(file)]
+    pickled = sorted(f.name for f in path.iterdir() if f.suffix in PICKLED)
+    if config is None and export is None and not files:
+        raise ModelError(
+            "this directory holds no model",
+            where=str(path),
+            hint="look for one with config.json, bittern.json or *.safetensors",
+        )
+    kind = EXPORT if export is not None else QUANTIZED if quantization is not None else PLAIN
+    sizes: Counter[str] = Counter()
+    for header in headers:
+        sizes[header.dtype] += header.bytes
+    return {
+        "path": str(path),
+        "kind": kind,
+        "bittern": export[0] if export is not None else None,
+        "model": _model(config),
+        "quantization": _quantization(quantization),
+        "formats": export[1] if export is not None else _scaled_weights(headers),
+        "tensors": _grouped(headers),
+        "bytes_by_dtype": dict(sizes.most_common()),
+        "bytes": sum(sizes.values()),
+        "files": {str(f.relative_to(path)): f.stat().st_size for f in files},
+        "pickled": pickled,
+    }
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    file = path / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot be read: {error}", where=str(file)) from error
+    if not isinstance(data, dict):
+        raise ModelError("is not a JSON object", where=str(file))
+    return data
+
+
+def _headers(file: Path) -> Iterable[TensorHeader]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                part = opened.get_slice(name)
+                yield TensorHeader(name, str(part.get_dtype()), tuple(part.get_shape()))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot be read: {error}", where=str(file), hint="download or export it again"
+        ) from error
+
+
+def _export(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Return the summary of bittern.json and the formats of the modules."""
+    if not (path / "bittern.json").is_file():
+        return None
+    from bittern.exporting import ExportRecord
+
+    record = ExportRecord.read(path)
+    assert record is not None
+    slots: dict[str, list[str]] = {}
+    for entry in record.entries:
+        text = f"{entry.get('slot')}: {entry.get('format')}/{entry.get('granularity')}"
+        text += "/dynamic" if entry.get("dynamic") else ""
+        slots.setdefault(str(entry.get("module", "")), []).append(text)
+    summary = {
+        "version": record.bittern,
+        "schema": record.schema,
+        "recipe": record.recipe,
+        "format": record.format,
+        "quantized_modules": len(slots),
+        "skipped_modules": len(record.skipped),
+        "tensors": len(record.tensors),
+        "probe_rows": len(record.probe.input_ids) if record.probe is not None else 0,
+        "probe_perplexity": record.probe.perplexity if record.probe is not None else None,
+    }
+    return summary, _formats((module or "(model)", tuple(text)) for module, text in slots.items())
+
+
+def _formats(items: Iterable[tuple[str, tuple[str, ...]]]) -> list[dict[str, Any]]:
+    return [
+        {"modules": pattern, "count": count, "slots": list(slots)}
+        for pattern, slots, count in collapse(items)
+    ]
+
+
+def _scaled_weights(headers: Iterable[TensorHeader]) -> list[dict[str, Any]]:
+    """Return the modules whose weight has a scale beside it, as every quantized layout does."""
+    dtypes = {header.name: header.dtype for header in headers}
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for name in dtypes:
+        module, _, tensor = name.rpartition(".")
+        if tensor not in ("weight_scale", "weight_scale_inv", "scales"):
+            continue
+        weights = (f"{module}.{w}" for w in ("weight", "weight_packed", "qweight"))
+        weight = next((w for w in weights if w in dtypes), None)
+        if weight is not None:
+            found.append((module, (f"weight: {dtypes[weight]}",)))
+    return _formats(found)
+
+
+def _grouped(headers: Iterable[TensorHeader]) -> list[dict[str, Any]]:
+    groups = collapse((h.name, (h.dtype, h.shape, h.bytes)) for h in headers)
+    return [
+        {
+            "tensors": pattern,
+            "count": count,
+            "dtype": dtype,
+            "shape": list(shape),
+            "bytes": size * count,
+        }
+        for pattern, (dtype, shape, size), count in groups
+    ]
+
+
+def _model(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    keys = ("architectures", "model_type", "dtype", "torch_dtype", "vocab_size")
+    return {key: config[key] for key in keys if key in config}
+
+
+def _quantization(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return the gist of a ``quantization_config``, whoever wrote it."""
+    if config is None:
+        return None
+    groups = config.get("config_groups")
+    return {
+        "method": config.get("quant_method"),
+        "settings": {k: v for k, v in config.items() if isinstance(v, str | int | float | bool)},
+        "groups": [
+            {
+                "targets": group.get("targets"),
+                "weights": _scheme(group.get("weights")),
+                "inputs": _scheme(group.get("input_activations")),
+            }
+            for group in (groups.values() if isinstance(groups, dict) else ())
+            if isinstance(group, dict)
+        ],
+        "ignored": config.get("ignore") or config.get("modules_to_not_convert") or [],
+    }
+
+
+def _scheme(scheme: Any) -> str | None:
+    if not isinstance(scheme, dict):
+        return None
+    text = f"{scheme.get('type', '')}{scheme.get('num_bits', '')}/{scheme.get('strategy', '')}"
+    size = scheme.get("group_size")
+    text += f"[{size}]" if size else ""
+    return text + ("/dynamic" if scheme.get("dynamic") else "")

@@ -1,0 +1,50 @@
+"""The recipes that ship with core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import nn
+
+from bittern.errors import RecipeError
+from bittern.toolkit import Toolkit
+
+EXPECTED = {
+    "fp8": {"weight": "fp8/tensor", "input": "fp8/tensor"},
+    "fp8-dynamic": {"weight": "fp8/channel", "input": "fp8/token/dynamic"},
+    "int4": {"weight": "int4/group[128]"},
+    "int8": {"weight": "int8/channel", "input": "int8/tensor"},
+    "int8-weight-only": {"weight": "int8/channel"},
+}
+
+
+def test_every_shipped_recipe_is_covered_here(toolkit: Toolkit) -> None:
+    assert sorted(toolkit.registry.recipes) == sorted([*EXPECTED, "base"])
+
+
+@pytest.mark.parametrize("name", [*EXPECTED, "base"])
+def test_a_shipped_recipe_is_valid_and_describes_itself(name: str, toolkit: Toolkit) -> None:
+    recipe = toolkit.recipe(name)
+
+    assert recipe.name == name
+    assert recipe.description == toolkit.registry.recipes.get(name).description
+    assert [step.name for step in recipe.algorithm] == ["max"]
+    assert "head" in recipe.skip[0].role
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_shipped_recipe_does_what_it_says(
+    name: str, toolkit: Toolkit, make_mlp: Callable[..., nn.Module]
+) -> None:
+    plan = toolkit.plan(make_mlp(), name)
+
+    assert plan.recipe == name
+    assert plan.modules == ("up", "down")
+    assert {e.slot: str(e.spec) for e in plan.entries} == EXPECTED[name]
+
+
+def test_an_unknown_recipe_names_the_nearest(toolkit: Toolkit) -> None:
+    with pytest.raises(RecipeError, match="unknown recipe 'int8-weigth-only'") as caught:
+        toolkit.recipe("int8-weigth-only")
+    assert "did you mean 'int8-weight-only'?" in (caught.value.hint or "")
