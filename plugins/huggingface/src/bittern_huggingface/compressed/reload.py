@@ -15,7 +15,9 @@ from torch import Tensor
 
 from bittern.errors import VerificationError
 
-__all__ = ["ask_client", "perplexity_after_reload"]
+__all__ = ["TOLERANCE", "ask_client", "perplexity_after_reload"]
+
+TOLERANCE = 0.003  # relative perplexity; the client's own rounding is far below
 
 
 def ask_client(path: Path, input_ids: list[list[int]] | None) -> dict[str, Any]:
@@ -46,14 +48,28 @@ def ask_client(path: Path, input_ids: list[list[int]] | None) -> dict[str, Any]:
         return found
 
 
-def perplexity_after_reload(path: Path, rows: Tensor) -> float:
+def perplexity_after_reload(path: Path, rows: Tensor, *, expected: float | None = None) -> float:
     """Return the perplexity that the client computes on rows of token ids.
 
+    Args:
+        path: The checkpoint.
+        rows: ``(rows, tokens)``.
+        expected: Perplexity of the model in memory on the same rows.
+
     Raises:
-        VerificationError: The client fails.
+        VerificationError: The client fails, misses or ignores tensors, or is more than
+            `TOLERANCE` away from ``expected``.
     """
     answer = ask_client(path, rows.tolist())
     if "error" in answer:
         raise VerificationError(f"transformers fails: {answer['error']}", where=str(path))
+    for kind in ("missing", "unexpected", "mismatched"):
+        if answer[kind]:
+            raise VerificationError(f"{kind} in transformers: {answer[kind][:3]}", where=str(path))
     nll = torch.tensor(answer["nll"], dtype=torch.float64)
-    return math.exp(float(nll.mean()))
+    found = math.exp(float(nll.mean()))
+    if expected is not None and abs(found / expected - 1) > TOLERANCE:
+        raise VerificationError(
+            f"perplexity {found:.4f} in transformers, {expected:.4f} in memory", where=str(path)
+        )
+    return found
