@@ -114,7 +114,9 @@ class Toolkit:
             raise ModelError(
                 "there is no such directory" if missing else "no plugin can load this model",
                 where=source,
-                hint=f"plugins that load models: {', '.join(loaders)}"
+                hint="check the path"
+                if missing
+                else f"plugins that load models: {', '.join(loaders)}"
                 if loaders
                 else "pip install 'bittern-huggingface[target]'",
             )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -149,3 +151,13 @@ def test_every_module_with_weights_is_planned_or_skipped_with_a_reason(name: str
         if any(True for _ in module.parameters(recurse=False)):
             assert (path in plan.modules) != (path in plan.skipped), path
             assert plan.skipped.get(path, "reason")
+
+
+def test_quantizing_a_plain_model_does_not_import_transformers() -> None:
+    code = """
+import sys, torch, bittern as bt
+bt.quantize(torch.nn.Sequential(torch.nn.Linear(4, 4)), "int8-weight-only")
+assert [r.status for r in bt.Toolkit().plugins.records if r.name == "huggingface"] == ["loaded"]
+assert not {"transformers", "compressed_tensors", "triton"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

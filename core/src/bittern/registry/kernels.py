@@ -22,7 +22,7 @@ class KernelTable:
 
     def __init__(self, items: Iterable[tuple[KernelRule, str, bool]] = ()) -> None:
         self._items = sorted(items, key=lambda i: (-i[0].priority, i[2], i[1], i[0].impl))
-        self._cache: dict[tuple[str, str, str, str], Callable[..., Any] | None] = {}
+        self._cache: dict[tuple[str, str, Any, Any], Callable[..., Any] | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelTable:
         return self
@@ -36,7 +36,7 @@ class KernelTable:
             device: A ``torch.device``.
             dtype: A ``torch.dtype``.
         """
-        key = (op, format_name, str(device), str(dtype))
+        key = (op, format_name, device, dtype)
         if key not in self._cache:
             self._cache[key] = self._search(op, format_name, device, dtype)
         return self._cache[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from bittern.hooks import hookimpl
@@ -25,6 +26,8 @@ def resolve_model(source: str, config: LoadConfig) -> nn.Module | None:
 @hookimpl
 def resolve_model_adapter(model: nn.Module) -> ModelAdapter | None:
     """Describe a transformers model."""
+    if "transformers" not in sys.modules:
+        return None  # a live model of theirs has imported it; nobody else should pay for that
     from bittern_huggingface.adapter import make_adapter
 
     return make_adapter(model)
