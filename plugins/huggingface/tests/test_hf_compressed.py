@@ -135,6 +135,15 @@ def test_an_export_is_verified_by_itself(tiny_dir: Path, tmp_path: Path) -> None
     assert verdict.perplexity == pytest.approx(verdict.reference_perplexity, rel=1e-4)
 
 
+def test_a_model_held_in_bfloat16_is_verified_in_float32(tiny_dir: Path, tmp_path: Path) -> None:
+    model = bt.load(str(tiny_dir), config=bt.LoadConfig(dtype="bfloat16"))
+    bt.quantize(model, "fp8-dynamic")
+    bt.export(model, tmp_path / "out")
+    verdict = bt.verify(tmp_path / "out")
+    assert verdict.perplexity == pytest.approx(verdict.reference_perplexity, rel=1e-4)
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
 def test_equal_models_give_equal_bytes(tiny_dir: Path, tmp_path: Path, batches: Any) -> None:
     for name in ("a", "b"):
         model = bt.load(str(tiny_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import DataError
-from bittern.evaluation import folded_weights, logits_of, token_nll
+from bittern.evaluation import folded_weights, in_float32, logits_of, token_nll
 from bittern.evaluation.metrics import Divergence, NextToken, Sqnr, TopOne
 from bittern.evaluation.run import run_evaluation
-from bittern.nn import named_quantizers, quantizers_off
-from bittern.records import ModelAdapter
+from bittern.nn import QuantModule, named_quantizers, quantizers_off
+from bittern.records import ModelAdapter, ModuleRule, Slot
+from bittern.registry import target_of
 from bittern.toolkit import Toolkit
 
 Make = Callable[..., nn.Module]
@@ -28,7 +30,7 @@ def losses(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> list[fl
     """Return the next-token losses, one softmax at a time."""
     found = []
     for r, row in enumerate(ids):
-        logits = model(ids)[r].double()
+        logits = model(ids)[r].detach().double()
         for t in range(len(row) - 1):
             if mask is not None and not (mask[r, t] and mask[r, t + 1]):
                 continue
@@ -165,7 +167,7 @@ def test_accuracy_is_the_share_of_right_classes(
 
 
 @pytest.mark.parametrize(
-    "target", [torch.randn(5), torch.randn(5, 4), "text"], ids=lambda t: type(t)
+    "target", [torch.randn(5), torch.randn(5, 4), "text"], ids=["regression", "soft", "text"]
 )
 def test_other_targets_give_no_accuracy(
     target: Any, make_mlp: Make, toolkit: Toolkit, batches: list[Tensor]
@@ -338,6 +340,55 @@ def test_layer_errors_are_measured_on_the_same_input_and_sorted(
         assert layer.sqnr_db == pytest.approx(expected.db, abs=1e-4)
 
 
+class QuantOuter(QuantModule):
+    """A quantized module with a quantized module inside, as attention plugins have."""
+
+    inner: nn.Module
+    gain: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.quantize("gain", self.gain)
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.linspace(0.1, 3, 4))
+        self.inner = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.gain
+
+
+def test_a_module_within_a_quantized_module_is_measured_once(
+    batches: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    make_plugin: Callable[..., ModuleType],
+    toolkit_with: Callable[..., Toolkit],
+) -> None:
+    holder = ModuleType("outer_of_a_test")
+    holder.QuantOuter = QuantOuter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, holder.__name__, holder)
+    rule = ModuleRule(
+        target=target_of(Outer),
+        quantized="outer_of_a_test:QuantOuter",
+        slots=(Slot("gain", kind="weight", tensor="gain"),),
+    )
+    toolkit = toolkit_with(make_plugin("alpha", register_modules=lambda: [rule]))
+    inner = {"match": "inner", "weight": {"format": "int4", "granularity": "tensor"}}
+    outer = {"match": "", "slots": {"gain": {"format": "int4", "granularity": "tensor"}}}
+    torch.manual_seed(0)
+    alone, both = Outer(), Outer()
+    both.load_state_dict(alone.state_dict())
+    toolkit.quantize(alone, {"rules": [inner]})
+    toolkit.quantize(both, {"rules": [inner, outer]})
+
+    expected = {e.module: e.sqnr_db for e in toolkit.evaluate(alone, batches).layers}
+    found = {e.module: e.sqnr_db for e in toolkit.evaluate(both, batches).layers}
+    assert found.keys() == {"", "inner"}
+    assert found["inner"] == expected["inner"]
+
+
 def test_layer_errors_do_not_see_what_hooks_do_to_the_output(
     make_mlp: Make, toolkit: Toolkit, batches: list[Tensor]
 ) -> None:
@@ -461,7 +512,11 @@ def test_logits_are_found_in(output: Any) -> None:
     assert logits_of(output, PLAIN) is LOGITS
 
 
-@pytest.mark.parametrize("output", [None, "text", (), {}, {"logits": 3}, (1, LOGITS)], ids=str)
+@pytest.mark.parametrize(
+    "output",
+    [None, "text", (), {}, {"logits": 3}, (1, LOGITS)],
+    ids=["none", "text", "empty tuple", "empty mapping", "no tensor", "tensor not first"],
+)
 def test_an_output_without_logits_is_an_error(output: Any) -> None:
     with pytest.raises(DataError, match=f"cannot find logits in a {type(output).__name__}"):
         logits_of(output, PLAIN)
@@ -491,3 +546,26 @@ def test_a_path_is_read_by_a_plugin(
 ) -> None:
     plugin = make_plugin("alpha", resolve_calibration_data=lambda: token_batches)
     assert toolkit_with(plugin).evaluate(make_lm(), "held-out.txt").samples == 6
+
+
+def test_in_float32_gives_every_half_precision_tensor_back_bit_for_bit() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def fail_inside() -> None:
+        with in_float32(model) as dtype:
+            assert dtype == "float32"
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_inside()
+    after = model.state_dict()
+    assert all(torch.equal(before[n], t) and before[n].dtype == t.dtype for n, t in after.items())
+
+
+def test_in_float32_leaves_a_model_alone_that_would_take_too_much() -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    with in_float32(model, limit=100) as dtype:
+        assert dtype == "bfloat16"
+        assert model.weight.dtype == torch.bfloat16

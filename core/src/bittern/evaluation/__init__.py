@@ -2,6 +2,7 @@
 
 from bittern.evaluation.fold import folded_weights
 from bittern.evaluation.metrics import token_nll
+from bittern.evaluation.precision import in_float32
 from bittern.evaluation.run import logits_of, run_evaluation
 
-__all__ = ["folded_weights", "logits_of", "run_evaluation", "token_nll"]
+__all__ = ["folded_weights", "in_float32", "logits_of", "run_evaluation", "token_nll"]

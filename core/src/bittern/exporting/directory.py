@@ -18,8 +18,15 @@ def check_output(path: Path) -> None:
     """Raise unless ``path`` can become an output directory, before any work is done.
 
     Raises:
-        OutputError: It exists and is not empty, or is a file, or its parent cannot be written.
+        OutputError: It exists and is not empty, or is a file, or cannot be looked at.
     """
+    try:
+        _check(path)
+    except OSError as error:
+        raise _explained(error, path) from error
+
+
+def _check(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(
             "the output path exists and is not a directory",

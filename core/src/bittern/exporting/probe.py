@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bittern.evaluation import folded_weights, logits_of, token_nll
+from bittern.evaluation import folded_weights, in_float32, logits_of, token_nll
 from bittern.exporting.record import Probe
 from bittern.records import ModelAdapter
 from bittern.runtime import evaluating, prepare
@@ -33,7 +33,7 @@ def make_probe(model: nn.Module, adapter: ModelAdapter, data: Any = None) -> Pro
     if adapter.vocab_size is None or not adapter.causal:
         return None
     ids = _rows(data, adapter.vocab_size)
-    with evaluating(model), folded_weights(model):
+    with evaluating(model), in_float32(model) as dtype, folded_weights(model):
         batch = prepare({"input_ids": ids}, model, adapter, index=0)
         logits = logits_of(batch.run(model), adapter)
         assert batch.ids is not None
@@ -41,7 +41,7 @@ def make_probe(model: nn.Module, adapter: ModelAdapter, data: Any = None) -> Pro
             return None
         nll = token_nll(logits, batch.ids)
     mean = float(nll.double().mean())
-    return Probe(ids.tolist(), nll.cpu().tolist(), math.exp(min(mean, 700.0)))
+    return Probe(ids.tolist(), nll.cpu().tolist(), math.exp(min(mean, 700.0)), dtype)
 
 
 def _rows(data: Any, vocab_size: int) -> Tensor:

@@ -34,11 +34,13 @@ class Probe:
         input_ids: Rows of token ids.
         nll: Next-token losses in nats, one row shorter than the ids.
         perplexity: ``exp`` of their mean.
+        dtype: Name of the dtype in which the losses were computed, and a client should.
     """
 
     input_ids: list[list[int]]
     nll: list[list[float]]
     perplexity: float
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from bittern.errors import VerificationError
 from bittern.exporting import ExportRecord, Probe, checksum
 from bittern.exporting.plain import compare_checksums
 from bittern.records import Finding, Verification
-from bittern_huggingface.compressed.reload import TOLERANCE, ask_client
+from bittern_huggingface.compressed.reload import HALF_PRECISION_TOLERANCE, TOLERANCE, ask_client
 
 __all__ = ["verify"]
 
@@ -54,7 +54,7 @@ def verify(path: Path, record: ExportRecord | None) -> Verification:
     perplexity = None
     probe = record.probe if record is not None else None
     if not findings:  # damaged files need no client to be condemned
-        answer = ask_client(path, probe.input_ids if probe is not None else None)
+        answer = _ask(path, probe)
         if "error" in answer:
             findings.append(Finding("checkpoint", f"transformers fails: {answer['error']}", AGAIN))
         else:
@@ -153,6 +153,12 @@ def _scheme_for(path: str, config: QuantizationConfig) -> QuantizationScheme | N
     return by_class[0] if by_class and not ignored else None
 
 
+def _ask(path: Path, probe: Probe | None) -> dict[str, Any]:
+    if probe is None:
+        return ask_client(path, None)
+    return ask_client(path, probe.input_ids, dtype=probe.dtype)
+
+
 def _loading(answer: Mapping[str, Any]) -> Iterator[Finding]:
     problems = {
         "missing": "transformers misses it and would use random values",
@@ -181,7 +187,8 @@ def _compare(probe: Probe, nll: list[list[float]]) -> tuple[float, list[Finding]
         f"perplexity on the probe {perplexity:.4f}, in memory {probe.perplexity:.4f} "
         f"({relative:.4%} apart, largest loss difference {worst:.2g} nats)"
     )
-    if math.isfinite(relative) and relative <= TOLERANCE:
+    allowed = TOLERANCE if probe.dtype == "float32" else HALF_PRECISION_TOLERANCE
+    if math.isfinite(relative) and relative <= allowed:
         return perplexity, [], text
     finding = Finding(
         "perplexity",
