@@ -1,101 +1,139 @@
-"""Habits that a machine can hold: sizes, no print, no pickle, documented names and hooks."""
+"""What every source file keeps to: size, no print, no star, no pickle, floors."""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import inspect
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import bittern
-from bittern.hooks import specs
-
-ROOT = Path(__file__).parents[2]
-SOURCES = sorted([*ROOT.glob("core/src/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")])
-# The one file that names pickle: it makes loading one raise, in the conformance kit.
-FORBIDS_PICKLE = ROOT / "core/src/bittern/testing/pickles.py"
-HOOKS = {
-    name: function
-    for name, function in vars(specs).items()
-    if inspect.isfunction(function) and hasattr(function, "bittern_spec")
-}
-# The plan's hooks (design: architecture), and resolve_model, which the command line needs.
-PLANNED = {
-    "register_modules",
-    "register_symbols",
-    "register_trace_leaves",
-    "register_trace_ops",
-    "register_formats",
-    "register_algorithms",
-    "register_modes",
-    "register_exporters",
-    "register_kernels",
-    "register_recipes",
-    "register_commands",
-    "resolve_model",
-    "resolve_model_adapter",
-    "resolve_weight_access",
-    "resolve_parallel_state",
-    "resolve_calibration_data",
-    "resolve_checkpoint_io",
-    "discover_modules",
-    "after_convert",
-    "run_calibration",
-    "after_export",
-}
+LIMIT = 500  # lines
 
 
-def test_there_are_sources_to_look_at() -> None:
-    assert len(SOURCES) > 60
+@pytest.fixture(scope="module")
+def sources(source_paths: list[Path]) -> dict[Path, str]:
+    """Every source file of core and of the plugins."""
+    files = {
+        f: f.read_text(encoding="utf-8") for p in source_paths for f in sorted(p.rglob("*.py"))
+    }
+    assert len(files) > 60
+    return files
 
 
-@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_a_file_is_short_and_keeps_the_habits(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert text.count("\n") <= 500
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree), "a module says why it exists"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("print", "eval", "exec", "torch.load"), f"line {node.lineno}"
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name for alias in node.names}
-            assert "*" not in names, f"line {node.lineno}"
-            module = getattr(node, "module", None)
-            if file != FORBIDS_PICKLE:
-                assert not ({*names, module} & {"pickle", "cloudpickle", "dill"}), node.lineno
+@pytest.fixture(scope="module")
+def trees(sources: dict[Path, str]) -> dict[Path, ast.Module]:
+    """Their syntax trees."""
+    return {file: ast.parse(text, str(file)) for file, text in sources.items()}
 
 
-@pytest.mark.parametrize("name", bittern.__all__)
-def test_every_public_name_resolves_and_is_documented(name: str) -> None:
-    value = getattr(bittern, name)
-    assert name == "__version__" or inspect.getdoc(value)
+def test_no_file_is_longer_than_a_person_reads(sources: dict[Path, str]) -> None:
+    lines = {str(file): len(text.splitlines()) for file, text in sources.items()}
+    assert not {name: count for name, count in lines.items() if count > LIMIT}
 
 
-def test_every_planned_hook_is_specified() -> None:
-    assert set(HOOKS) == PLANNED
+def test_every_file_says_what_is_in_it(trees: dict[Path, ast.Module]) -> None:
+    assert not [str(file) for file, tree in trees.items() if not ast.get_docstring(tree)]
 
 
-@pytest.mark.parametrize("name", sorted(HOOKS))
-def test_a_hook_documents_exactly_its_arguments_and_its_result(name: str) -> None:
-    function = HOOKS[name]
-    doc = inspect.getdoc(function) or ""
-    assert doc.splitlines()[0].endswith(".")
-    section = doc.partition("Args:\n")[2].partition("\n\n")[0]
-    documented = [
-        line.strip().partition(":")[0]
-        for line in section.splitlines()
-        if line.startswith("    ") and not line.startswith("     ")
+def test_nothing_is_printed(trees: dict[Path, ast.Module]) -> None:
+    found = [
+        f"{file}:{node.lineno}"
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in {"print", "breakpoint"}
     ]
-    assert documented == list(inspect.signature(function).parameters)
-    returns = function.__annotations__["return"] not in ("None", None)
-    assert ("Returns:" in doc) == returns
+    assert not found
 
 
-def test_a_lazy_name_lives_where_the_table_says() -> None:
-    for home, names in bittern._HOMES.items():
-        module = importlib.import_module(home)
-        assert all(hasattr(module, name) for name in names)
+def test_nothing_is_imported_by_a_star(trees: dict[Path, ast.Module]) -> None:
+    found = [
+        f"{file}:{node.lineno}"
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
+    ]
+    assert not found
+
+
+PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+CALLS = {"torch.load", "torch.save", "eval", "exec"}
+# Imports pickle to forbid it: it patches the functions and calls none, which is checked too.
+GUARD = "bittern/testing/pickles.py"
+
+
+def pickling(tree: ast.Module, *, guard: bool) -> list[tuple[int, str]]:
+    """Return the lines that import or call what runs code from data."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and not guard:
+            names = {alias.name.partition(".")[0] for alias in node.names} & PICKLERS
+        elif isinstance(node, ast.ImportFrom):
+            names = {(node.module or "").partition(".")[0]} & PICKLERS
+            if node.module == "torch":
+                names |= {alias.name for alias in node.names} & {"load", "save"}
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            names = {called} & CALLS
+            if called.partition(".")[0] in PICKLERS:
+                names.add(called)
+        else:
+            continue
+        found += [(node.lineno, name) for name in names]
+    return found
+
+
+def test_nothing_is_pickled_or_evaluated(trees: dict[Path, ast.Module]) -> None:
+    found = {
+        str(file): lines
+        for file, tree in trees.items()
+        if (lines := pickling(tree, guard=file.as_posix().endswith(GUARD)))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "import pickle as p",
+        "from pickle import loads",
+        "import dill.settings",
+        "torch.load('x')",
+        "torch.save(x, 'y')",
+        "from torch import load",
+        "eval('1')",
+        "def f():\n    import marshal",
+    ],
+)
+def test_what_is_forbidden_would_be_found(code: str) -> None:
+    assert pickling(ast.parse(code), guard=False)
+
+
+def test_the_guard_may_import_pickle_but_not_call_it() -> None:
+    assert not pickling(ast.parse("import pickle\npatch(pickle, 'load')"), guard=True)
+    assert pickling(ast.parse("import pickle\npickle.loads(b'')"), guard=True)
+
+
+def test_the_floors_only_look_down(root: Path, source_paths: list[Path]) -> None:
+    """import-linter, with the contracts of pyproject.toml."""
+    beside = Path(sys.executable).parent / "lint-imports"
+    command = str(beside) if beside.exists() else shutil.which("lint-imports")
+    if command is None:
+        pytest.skip("import-linter is not installed: pip install 'bittern[lint]'")
+    paths = os.pathsep.join(str(path) for path in source_paths)
+    done = subprocess.run(
+        [command, "--no-cache"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
