@@ -248,7 +248,7 @@ class Views(nn.Module):
         self.register_buffer("same", base[:])
         self.register_buffer("empty", torch.empty(0, 3))
         self.register_buffer("nothing", torch.empty(0, 3))
-        self.register_buffer("one", torch.ones(1).expand(1))
+        self.register_buffer("one", torch.tensor(2.0).expand(1))
         self.register_buffer("wide", torch.ones(1).expand(3))
         self.register_buffer("flag", torch.tensor(data=True))
 
@@ -303,7 +303,8 @@ def test_the_adapters_dtype_is_the_one_on_disk(
     "tensor",
     [
         torch.empty(0),
-        torch.ones(1).expand(1),
+        torch.tensor(2.0).expand(1),  # stride 0, yet contiguous
+        torch.tensor(2.0).expand(0),
         torch.tensor(1.5),
         torch.ones(2, 3).t(),
         torch.ones(4)[::2],

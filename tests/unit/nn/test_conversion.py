@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ from bittern.nn import (
     original_class,
     quantizers_off,
 )
+from bittern.numerics import fake_quantize
+from bittern.records import KernelRule
 from bittern.toolkit import Toolkit
 
 Make = Callable[..., nn.Module]
@@ -350,6 +354,39 @@ def test_torch_compile_takes_the_whole_model_in_one_graph(
             model.up.weight.grad = None
             compiled(batches[0]).sum().backward()
             assert same_bits(model.up.weight.grad, wanted)
+
+
+def eager_only(x: Tensor, spec: Any, scales: Any) -> Tensor:
+    """A kernel that no compiler can look into."""
+    assert not torch.compiler.is_compiling()
+    torch._dynamo.graph_break()
+    return fake_quantize(x, spec, scales)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_torch_compile_takes_the_reference_where_a_kernel_is_installed(
+    *,
+    make_mlp: Make,
+    batches: list[Tensor],
+    same_bits: SameBits,
+    monkeypatch: pytest.MonkeyPatch,
+    make_plugin: Callable[..., ModuleType],
+    toolkit_with: Callable[..., Toolkit],
+) -> None:
+    holder = ModuleType("kernels_of_a_compiled_model")
+    holder.eager_only = eager_only  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, holder.__name__, holder)
+    rule = KernelRule(
+        op="fake_quantize", impl=f"{holder.__name__}:eager_only", device="cpu", formats=("int8",)
+    )
+    toolkit = toolkit_with(make_plugin("fast", register_kernels=lambda: [rule]))
+    model = make_mlp()
+    toolkit.quantize(model, "int8", batches)
+    with torch.no_grad():
+        expected = model(batches[0])
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+        assert same_bits(compiled(batches[0]), expected)
 
 
 def test_gradients_reach_weights_biases_and_inputs(

@@ -85,9 +85,9 @@ def test_a_zero_row_beside_others_is_treated_alone(name: str, make_spec: MakeSpe
 
 @by_granularity
 def test_the_amax_of_zeros_is_plus_zero(granularity: Granularity, same_bits: SameBits) -> None:
-    found = amax(torch.tensor([[0.0, -0.0], [-0.0, -0.0]]), granularity)
-
-    assert same_bits(found, torch.zeros_like(found))
+    for zeros in (torch.zeros(2, 2), -torch.zeros(2, 2), torch.tensor([[0.0, -0.0], [-0.0, 0.0]])):
+        found = amax(zeros, granularity)
+        assert same_bits(found, torch.zeros_like(found))
 
 
 @by_name
