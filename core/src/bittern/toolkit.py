@@ -328,7 +328,13 @@ class Toolkit:
         modules = self.registry.modules.extended(
             self.plugins.collect("discover_modules", model=model)
         )
-        restore_state(model, Path(path), self.registry, modules)
+        restore_state(
+            model,
+            Path(path),
+            self.registry,
+            modules,
+            after_convert=lambda plan: self.plugins.notify("after_convert", model=model, plan=plan),
+        )
 
     def verify(self, path: str | Path, client: str | None = None) -> Verification:
         """Load a checkpoint in its client and compare it with what was recorded."""

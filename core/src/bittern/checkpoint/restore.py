@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +22,12 @@ __all__ = ["restore_state"]
 
 
 def restore_state(
-    model: nn.Module, path: Path, registry: Registry, modules: ClassTable[ModuleRule]
+    model: nn.Module,
+    path: Path,
+    registry: Registry,
+    modules: ClassTable[ModuleRule],
+    *,
+    after_convert: Callable[[Plan], None] | None = None,
 ) -> None:
     """Quantize ``model`` as the saved one was, and load its tensors.
 
@@ -30,6 +36,7 @@ def restore_state(
         path: What `save_state` wrote.
         registry: Formats and kernels.
         modules: Module rules, those that only the live model shows included.
+        after_convert: Called before the tensors are loaded; plugins fix up what the swap disturbed.
 
     Raises:
         CheckpointError: The state is damaged, needs a plugin that is missing, or does not fit the
@@ -47,6 +54,8 @@ def restore_state(
     undo = remember(model)
     try:
         convert(model, plan, registry)
+        if after_convert is not None:
+            after_convert(plan)
         for name, quantizer in named_quantizers(model):
             value = tensors.get(name + AMAX)
             if value is not None:
