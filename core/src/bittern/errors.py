@@ -26,7 +26,12 @@ class BitternError(Exception):
         what: What happened, in one sentence.
         where: The module path, file or plugin it happened in.
         hint: What the user can do about it.
+
+    Attributes:
+        plugin: ``"distribution version"`` of the plugin that raised it in a hook, if one did.
     """
+
+    plugin: str | None = None
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
         self.what = what
@@ -36,16 +41,21 @@ class BitternError(Exception):
 
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
-        return text if self.hint is None else f"{text}\n  hint: {self.hint}"
+        if self.hint is not None:
+            text += f"\n  hint: {self.hint}"
+        if self.plugin is not None and self.plugin not in self.what:
+            text += f"\n  plugin: {self.plugin}"
+        return text
 
     def to_dict(self) -> dict[str, str | None]:
-        """Return the error as plain data for ``--json``."""
-        return {
+        """Return the error as plain data for ``--json``; with the plugin, where one raised it."""
+        found = {
             "error": type(self).__name__,
             "what": self.what,
             "where": self.where,
             "hint": self.hint,
         }
+        return found if self.plugin is None else {**found, "plugin": self.plugin}
 
 
 class RecipeError(BitternError):

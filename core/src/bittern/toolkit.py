@@ -43,6 +43,7 @@ class Toolkit:
         block: Names of plugins to leave out; ``"*"`` leaves out all.
         files: Unpackaged plugins, as paths of Python files.
         strict: Whether every installed plugin must load.
+        trace: Whether every hook call is shown on stderr.
         manager: A ready manager instead, as the tests of plugins use.
 
     Raises:
@@ -56,13 +57,14 @@ class Toolkit:
         block: Iterable[str] = (),
         files: Iterable[str | Path] = (),
         strict: bool = False,
+        trace: bool = False,
         manager: PluginManager | None = None,
     ) -> None:
         if manager is None:
             from bittern.builtin import hooks as builtin
 
             options = PluginOptions.from_environment().merged(
-                plugins=plugins, block=block, files=[str(f) for f in files], strict=strict
+                plugins=plugins, block=block, files=files, strict=strict, trace=trace
             )
             manager = PluginManager(options, builtin=builtin)
         self.plugins = manager

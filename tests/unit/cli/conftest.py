@@ -116,7 +116,7 @@ def refuse(model, context):
 
 @hookimpl
 def register_exporters():
-    here = "bittern_file_toy:"
+    here = __name__ + ":"
     base = Exporter(name="", write=here + "write_well", client="toy-client", priority=-1)
     return [
         replace(base, name="full", write=here + "write_full", verify=here + "verify_badly"),

@@ -191,3 +191,85 @@ def test_strict_plugins_makes_a_broken_plugin_an_error(bittern, install):
     done = bittern("--strict-plugins", "recipes", "--json")
     assert done.code == 2
     assert "broken wing" in done.json["what"]
+
+
+# --- which plugins ---
+
+
+def names(outcome):
+    return {p["name"]: p["status"] for p in outcome.json["plugins"]}
+
+
+def test_plugins_are_chosen_by_name(bittern, install):
+    install("one", GOOD)
+    install("two", "raise RuntimeError('loaded')")
+    install("three")
+    found = names(bittern("--plugins", "one, bittern-three", "plugins", "list", "--json"))
+    assert (found["one"], found["two"], found["three"]) == ("loaded", "blocked", "loaded")
+    done = bittern("--plugins", "one,unicorn", "recipes", "--json")
+    assert done.code == 2
+    assert "'unicorn' is not installed" in done.json["what"]
+    assert names(bittern("--plugins", "", "plugins", "list", "--json"))["one"] == "blocked"
+
+
+def test_the_option_goes_before_the_environment(bittern, install, monkeypatch):
+    install("one", GOOD)
+    install("two")
+    monkeypatch.setenv("BITTERN_PLUGINS", "two")
+    found = names(bittern("--plugins", "one", "plugins", "list", "--json"))
+    assert (found["one"], found["two"]) == ("loaded", "blocked")
+
+
+@pytest.mark.parametrize("args", [("--no-plugin", "one", "--no-plugin", "two"), ("--no-plugin=*",)])
+def test_plugins_are_left_out_by_name(bittern, install, args):
+    install("one", GOOD)
+    install("two", "raise RuntimeError('loaded')")
+    done = bittern(*args, "plugins", "list", "--json")
+    assert (names(done)["one"], names(done)["two"], done.err) == ("blocked", "blocked", "")
+    assert "Of use." not in bittern(*args, "--help").out
+    assert bittern(*args, "useful").code == 2
+
+
+def test_a_plugin_left_out_stays_out_when_another_is_missing(bittern, install):
+    install("one", "raise RuntimeError('loaded')")
+    done = bittern("--no-plugin", "one", "--plugins", "unicorn", "plugins", "list", "--json")
+    assert done.code == 0
+    assert names(done)["one"] == "blocked"
+    assert "'unicorn' is not installed" in done.err
+
+
+def test_calls_are_traced_when_asked(bittern, install):
+    install("one", "@hookimpl\ndef register_recipes():\n    return []\n")
+    assert bittern("recipes", "--json").err == ""
+    done = bittern("--trace-plugins", "recipes", "--json")
+    assert done.code == 0
+    assert "register_recipes() <- one: []" in done.err
+    assert "register_recipes() <- bittern: [RecipeSource(" in done.err
+
+
+def test_a_broken_plugin_file_is_listed_with_its_traceback(bittern, tmp_path):
+    file = tmp_path / "wing.py"
+    file.write_text("raise RuntimeError('broken wing')")
+    done = bittern("--plugin", file, "plugins", "show", "wing", "--json")
+    assert done.code == 0
+    assert done.json["status"] == "failed"
+    assert "wing.py" in done.json["traceback"]
+    assert "could not be loaded" in done.err
+    assert bittern("--plugin", file, "doctor").code == 1
+
+
+def test_an_error_meant_for_the_user_names_its_plugin(bittern, install):
+    install(
+        "one",
+        """
+        from bittern.errors import ModelError
+
+        @hookimpl
+        def resolve_model(source, config):
+            raise ModelError("the index is torn", where=source)
+        """,
+    )
+    done = bittern("plan", "x", "--recipe", "int8", "--json")
+    assert done.code == 2
+    assert done.json["plugin"] == "bittern-one 1.2"
+    assert "plugin: bittern-one 1.2" in done.err

@@ -32,16 +32,14 @@ class App:
     """One run of the command line; click's context object.
 
     Attributes:
-        files: Unpackaged plugins (``--plugin``).
-        strict: Whether every installed plugin must load.
+        plugins: Which plugins the root options ask for.
         json: Whether the answer is one JSON object.
         answered: Whether that object was printed.
         written: The output directory, once it is there; for what Ctrl-C has to say.
     """
 
     def __init__(self) -> None:
-        self.files: tuple[str, ...] = ()
-        self.strict = False
+        self.plugins: dict[str, Any] = {}
         self.json = False
         self.answered = False
         self.written: Path | None = None
@@ -55,7 +53,7 @@ class App:
         """
         from bittern.toolkit import Toolkit
 
-        return Toolkit(files=self.files, strict=self.strict)
+        return Toolkit(**self.plugins)
 
     def lenient_toolkit(self) -> tuple[Toolkit, PluginError | None]:
         """Return a Toolkit even where a required plugin is broken, and what is wrong.
@@ -65,15 +63,13 @@ class App:
         try:
             return self.toolkit, None
         except PluginError as error:
-            from dataclasses import replace
-
             from bittern.builtin import hooks as builtin
             from bittern.hooks.discovery import PluginOptions
             from bittern.hooks.manager import PluginManager
             from bittern.toolkit import Toolkit
 
-            options = replace(PluginOptions.from_environment(), required=(), strict=False)
-            return Toolkit(manager=PluginManager(options, builtin=builtin)), error
+            options = PluginOptions.from_environment().merged(**self.plugins)
+            return Toolkit(manager=PluginManager(options, builtin=builtin, lenient=True)), error
 
     @cached_property
     def console(self) -> Console:

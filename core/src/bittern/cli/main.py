@@ -73,9 +73,14 @@ class Root(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the global options; ``--plugin`` counts for ``--help`` too, wherever it stands."""
         options, _, _ = self.make_parser(ctx).parse_args(list(args))
-        app = ctx.ensure_object(App)
-        app.files = tuple(options.get("plugin") or ())
-        app.strict = bool(options.get("strict_plugins"))
+        asked = options.get("plugins")
+        ctx.ensure_object(App).plugins = {
+            "plugins": None if asked is None else _names(asked),
+            "block": _names(*(options.get("no_plugin") or ())),
+            "files": tuple(options.get("plugin") or ()),
+            "strict": bool(options.get("strict_plugins")),
+            "trace": bool(options.get("trace_plugins")),
+        }
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> None:
@@ -152,6 +157,11 @@ class Root(click.Group):
                 formatter.write_dl(rows)
 
 
+def _names(*texts: str) -> tuple[str, ...]:
+    """Return the names in comma-separated lists."""
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
 def make_cli() -> Root:
     """Return a fresh ``bittern`` group, without any plugin's commands yet."""
 
@@ -163,9 +173,12 @@ def make_cli() -> Root:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     @click.option("--plugin", multiple=True, metavar="FILE", help="Load an unpackaged plugin too.")
+    @click.option("--plugins", metavar="A,B", help="Use these installed plugins and no others.")
+    @click.option("--no-plugin", multiple=True, metavar="NAME", help="Leave out a plugin; * all.")
     @click.option("--strict-plugins", is_flag=True, help="Every installed plugin must load.")
+    @click.option("--trace-plugins", is_flag=True, help="Show every hook call on stderr.")
     @click.version_option(__version__, prog_name="bittern", message="%(prog)s %(version)s")
-    def cli(plugin: tuple[str, ...], strict_plugins: bool) -> None:
+    def cli(**_: object) -> None:
         """Make neural networks smaller and faster: quantize, calibrate, prove, export."""
         # `Root.parse_args` has handed the options to the App: --help needs them before this runs.
 

@@ -1,4 +1,4 @@
-"""Wraps a plugin's hook functions: a failure names the plugin, and a trace shows every call.
+"""Puts the plugin's name on what its hook functions do wrong.
 
 pluggy hands an exception of an implementation to the caller bare, without the plugin's name
 (pluggy 1.7). The wrapper is put around each function once, when the plugin is registered.
@@ -7,19 +7,25 @@ pluggy hands an exception of an implementation to the caller bare, without the p
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, NoReturn
 
 from bittern.errors import BitternError, PluginError
+from bittern.hooks.results import WrongResultError, checked
 
-__all__ = ["TraceSink", "attribute", "plugin_failure"]
-
-TraceSink = Callable[[str], object]
+__all__ = ["attribute", "plugin_failure"]
 
 
-def plugin_failure(label: str, hook: str, name: str, error: BaseException) -> PluginError:
-    """Return the `PluginError` for an exception of plugin ``label`` in ``hook``."""
+def plugin_failure(label: str, hook: str, name: str, error: Exception) -> BitternError:
+    """Return what an exception of plugin ``label`` in ``hook`` becomes.
+
+    An error that is meant for the user stays what it is, and gets the plugin's name.
+    """
+    if isinstance(error, BitternError):
+        error.plugin = error.plugin or label
+        return error
+    if isinstance(error, WrongResultError):
+        return PluginError(f"plugin {label} {error.got}", hint=error.hint)
     return PluginError(
         f"plugin {label} failed in hook {hook}: {type(error).__name__}: {error}",
         hint=f"tell the plugin's authors; BITTERN_DISABLE_PLUGINS={name} goes on without it",
@@ -32,90 +38,63 @@ def attribute(
     label: str,
     name: str,
     hook: str,
-    trace: TraceSink | None,
     wrapper: bool = False,
+    old: bool = False,
 ) -> Callable[..., Any]:
-    """Return ``function`` with failures attributed and calls traced.
+    """Return ``function`` with its results checked and its failures attributed.
 
     Args:
         function: The hook implementation, called with positional arguments by pluggy.
         label: ``"distribution version"`` of the plugin.
         name: The plugin's name.
         hook: Name of the hook.
-        trace: Where trace lines go; ``None`` traces nothing.
         wrapper: Whether the function is a hook wrapper: a generator that yields once.
+        old: Whether it is one of the old style, which returns nothing of its own.
 
     Returns:
         A function of the same kind: a generator function for wrappers.
     """
 
-    def failure(error: Exception) -> PluginError:
-        return plugin_failure(label, hook, name, error)
+    def fail(error: Exception) -> NoReturn:
+        found = plugin_failure(label, hook, name, error)
+        if found is error:
+            raise error
+        raise found from error
 
     def wrapped(*args: Any) -> Generator[Any, Any, Any]:
-        if trace is not None:
-            trace(f"{hook}({_short(args)}) <- {name}: wraps\n")
         try:
             generator = function(*args)
             value = next(generator)
-        except BitternError:
-            raise
         except Exception as error:
-            raise failure(error) from error
+            fail(error)
+        inside: BaseException | None = None  # belongs to whoever runs within, not to us
         try:
-            sent = yield value
-        except BaseException as downstream:  # belongs to whoever runs inside, not to us
             try:
-                generator.throw(downstream)
-            except StopIteration as stop:
-                return stop.value
-            except BitternError:
-                raise
-            except Exception as error:
-                if error is downstream:
-                    raise
-                raise failure(error) from error
-        else:
-            try:
+                sent = yield value
+            except BaseException as error:
+                inside = error
+                generator.throw(error)
+            else:
                 generator.send(sent)
-            except StopIteration as stop:
-                return stop.value
-            except BitternError:
+            raise RuntimeError("the wrapper yielded twice")
+        except StopIteration as stop:
+            result = stop.value
+        except Exception as error:
+            if error is inside:
                 raise
-            except Exception as error:
-                raise failure(error) from error
-        raise failure(RuntimeError("the wrapper yielded twice"))
-
-    if wrapper:
-        return wrapped
+            fail(error)
+        try:
+            return result if old else checked(hook, result, wrapper=True)
+        except Exception as error:
+            fail(error)
 
     def call(*args: Any) -> Any:
-        start = time.perf_counter()
         try:
             result = function(*args)
             if inspect.isgenerator(result):
                 result = list(result)
+            return checked(hook, result)
         except Exception as error:
-            if trace is not None:
-                trace(f"{hook}({_short(args)}) <- {name}: raised {type(error).__name__}\n")
-            if isinstance(error, BitternError):
-                raise
-            raise failure(error) from error
-        if trace is not None:
-            milliseconds = (time.perf_counter() - start) * 1e3
-            trace(f"{hook}({_short(args)}) <- {name}: {_short(result)} [{milliseconds:.2f} ms]\n")
-        return result
+            fail(error)
 
-    return call
-
-
-def _short(value: object, limit: int = 120) -> str:
-    text = repr(value) if not isinstance(value, tuple) else ", ".join(_one(v) for v in value)
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _one(value: object) -> str:
-    """Name big objects by their type: the repr of a model fills a screen."""
-    text = repr(value)
-    return text if len(text) <= 60 and "\n" not in text else f"<{type(value).__name__}>"
+    return wrapped if wrapper else call

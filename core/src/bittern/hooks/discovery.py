@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -139,8 +140,9 @@ class PluginOptions:
         *,
         plugins: Iterable[str] | None = None,
         block: Iterable[str] = (),
-        files: Iterable[str] = (),
+        files: Iterable[str | Path] = (),
         strict: bool = False,
+        trace: bool = False,
     ) -> PluginOptions:
         """Return these options with a caller's on top: what is asked for by name must load."""
         asked = None if plugins is None else tuple(plugins)
@@ -151,6 +153,7 @@ class PluginOptions:
             block=(*self.block, *block),
             files=(*self.files, *(str(f) for f in files)),
             strict=self.strict or strict,
+            trace=self.trace or trace,
         )
 
 

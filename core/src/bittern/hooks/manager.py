@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import inspect
 import logging
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pluggy
 
-from bittern.errors import PluginError
+from bittern.errors import BitternError, PluginError
 from bittern.hooks import specs
 from bittern.hooks.attribution import attribute
 from bittern.hooks.discovery import (
@@ -28,7 +29,9 @@ from bittern.hooks.discovery import (
     discover,
     mark_duplicates,
 )
+from bittern.hooks.files import file_record, load_file
 from bittern.hooks.markers import PROJECT
+from bittern.hooks.trace import traced
 
 __all__ = ["BUILTIN", "PluginManager"]
 
@@ -47,6 +50,7 @@ class PluginManager:
         options: Which plugins to load.
         builtin: The module with core's own hook implementations.
         records: Candidates; ``None`` discovers what is installed.
+        lenient: Whether a plugin that was asked for may be missing or broken, for a report on it.
 
     Raises:
         PluginError: A plugin that was asked for by name cannot be loaded.
@@ -58,6 +62,7 @@ class PluginManager:
         *,
         builtin: ModuleType | None = None,
         records: Iterable[PluginRecord] | None = None,
+        lenient: bool = False,
     ) -> None:
         self.options = options if options is not None else PluginOptions.from_environment()
         self._pm = pluggy.PluginManager(PROJECT)
@@ -65,13 +70,16 @@ class PluginManager:
         self._records: dict[tuple[str, str], PluginRecord] = {}
         if builtin is not None:
             self._pm.register(builtin, name=BUILTIN)
+            for caller in self._pm.get_hookcallers(builtin) or ():
+                self._trace(builtin, caller, BUILTIN)
         found = [self._chosen(r) for r in (discover() if records is None else records)]
         # pluggy calls the last registered first: register in reverse, so that calls go by name.
         for record in reversed(mark_duplicates(found)):
             self._keep(self._load(record))
-        for file in self.options.files:
-            self._keep(self._load_file(Path(file)))
-        self._require(self.options.required)
+        for file in {Path(file).resolve(): Path(file) for file in self.options.files}.values():
+            self._keep(self._load_file(file, lenient=lenient))
+        if not lenient:
+            self._require(self.options.required)
 
     # --- loading ---
 
@@ -102,68 +110,54 @@ class PluginManager:
             return record
         return self._import(record, lambda: importlib.import_module(record.entry))
 
-    def _load_file(self, path: Path) -> PluginRecord:
-        record = PluginRecord(
-            name=path.stem, distribution=str(path), version="", entry=f"bittern_file_{path.stem}"
-        )
-
-        def load() -> ModuleType:
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist")
-            spec = importlib.util.spec_from_file_location(record.entry, path)
-            if spec is None or spec.loader is None:
-                raise ImportError(f"{path} is not a Python file")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[record.entry] = module  # its own string targets must resolve
-            spec.loader.exec_module(module)
-            return module
-
-        record = self._import(record, load)
-        if not record.active:
+    def _load_file(self, path: Path, *, lenient: bool) -> PluginRecord:
+        record = file_record(path)
+        record = self._import(record, lambda: load_file(record, path))
+        if not record.active and not lenient:
             raise PluginError(
                 f"the plugin file {path} could not be loaded: {record.reason}",
                 hint="fix the file, or leave out --plugin",
             )
         return record
 
-    def _import(self, record: PluginRecord, load: Any) -> PluginRecord:
+    def _import(self, record: PluginRecord, load: Callable[[], ModuleType]) -> PluginRecord:
         start = time.perf_counter()
         try:
             module = load()
             record = check_probes(record, getattr(module, "target_modules", ()))
             if record.status is Status.FOUND:
                 record = self._register(record, module)
-        except Exception as error:  # whatever a plugin does must not cost anybody else anything
+        except (Exception, SystemExit) as error:
+            # Whatever a plugin does, sys.exit() included, must not cost anybody else anything.
             record = replace(
                 record,
                 status=Status.FAILED,
                 reason=f"{type(error).__name__}: {error}",
                 traceback=traceback.format_exc(),
-                remedy=f"pip install -U {record.distribution}",
+                remedy=f"pip install -U {record.distribution}" if record.version else "",
             )
         return replace(record, milliseconds=(time.perf_counter() - start) * 1e3)
 
     def _register(self, record: PluginRecord, module: ModuleType) -> PluginRecord:
-        key = f"{record.name}@{record.distribution}"
-        self._pm.register(module, name=key)
-        trace = sys.stderr.write if self.options.trace else None
+        self._pm.register(module, name=f"{record.name}@{record.distribution}")
         names: list[str] = []
         unknown: list[str] = []
         for caller in self._pm.get_hookcallers(module) or ():
+            mine = [impl for impl in caller.get_hookimpls() if impl.plugin is module]
             if not caller.has_spec():
-                unknown.append(caller.name)
+                unknown += [caller.name for impl in mine[:1] if not impl.optionalhook]
                 continue
             names.append(caller.name)
-            for impl in caller.get_hookimpls():
-                if impl.plugin is module:
-                    impl.function = attribute(  # type: ignore[misc]
-                        impl.function,
-                        label=record.label,
-                        name=record.name,
-                        hook=caller.name,
-                        wrapper=impl.wrapper or impl.hookwrapper,
-                        trace=trace,
-                    )
+            for impl in mine:
+                impl.function = attribute(  # type: ignore[misc]
+                    impl.function,
+                    label=record.label,
+                    name=record.name,
+                    hook=caller.name,
+                    wrapper=impl.wrapper or impl.hookwrapper,
+                    old=impl.hookwrapper,
+                )
+            self._trace(module, caller, record.name)
         if unknown:
             return replace(
                 record,
@@ -173,6 +167,19 @@ class PluginManager:
                 remedy="pip install -U bittern",
             )
         return replace(record, status=Status.LOADED, hooks=tuple(sorted(names)))
+
+    def _trace(self, module: ModuleType, caller: Any, name: str) -> None:
+        """Show the calls of a module's implementations, if the options say so."""
+        for impl in caller.get_hookimpls() if self.options.trace else ():
+            if impl.plugin is module:
+                impl.function = traced(
+                    impl.function,
+                    name=name,
+                    hook=caller.name,
+                    arguments=impl.argnames,
+                    wrapper=impl.wrapper or impl.hookwrapper,
+                    sink=sys.stderr.write,
+                )
 
     def _require(self, names: Iterable[str]) -> None:
         for name in names:
@@ -185,7 +192,7 @@ class PluginManager:
                     else f"pip install {name}",
                 )
             if not any(r.status is Status.LOADED for r in matching):
-                raise self._unusable(matching[0])
+                raise self._unusable(min(matching, key=lambda r: r.status is Status.BLOCKED))
         if self.options.strict:
             for record in self.records:
                 if record.status not in (Status.LOADED, Status.BLOCKED):
@@ -213,29 +220,32 @@ class PluginManager:
         Raises:
             PluginError: An implementation failed, or returned something else than its records.
         """
-        wanted = specs.RETURNS[hook]
         impls = getattr(self._pm.hook, hook).get_hookimpls()
         for impl in sorted(impls, key=lambda i: (i.plugin_name != BUILTIN, i.plugin_name)):
             label, builtin = self._who(impl.plugin_name)
             result = impl.function(*(arguments[name] for name in impl.argnames))
-            if result is None:
-                continue
-            try:
-                items = list(result)
-            except TypeError:
-                items = [result]
-            for item in items:
-                if type(item).__name__ != wanted or not hasattr(item, "__dataclass_fields__"):
-                    raise PluginError(
-                        f"plugin {label} returned a {type(item).__name__} from {hook}, "
-                        f"which must return {wanted} records",
-                        hint=f"return a list of bittern.records.{wanted}",
-                    )
+            for item in result or ():
                 yield item, label, builtin
 
     def first(self, hook: str, **arguments: Any) -> Any:
-        """Call a ``resolve_*`` or ``run_*`` hook: the first answer that is not ``None``."""
-        return getattr(self._pm.hook, hook)(**arguments)
+        """Call a ``resolve_*`` or ``run_*`` hook: the first answer that is not ``None``.
+
+        What fails in a function that was handed to the plugins is not blamed on them.
+        """
+        ours: dict[int, str | None] = {}  # failures of those functions, with their plugins
+        for name, value in arguments.items():
+            if inspect.isroutine(value):
+                arguments[name] = partial(_noting, value, ours)
+        try:
+            return getattr(self._pm.hook, hook)(**arguments)
+        except BitternError as error:
+            if id(error) in ours:
+                error.plugin = ours[id(error)]
+                raise
+            if error.__cause__ is None or id(error.__cause__) not in ours:
+                raise
+            inner = error.__cause__
+        raise inner
 
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call a hook whose results do not matter."""
@@ -297,3 +307,12 @@ class PluginManager:
         name, _, distribution = key.partition("@")
         record = self._records.get((name, distribution))
         return (record.label if record is not None else key), False
+
+
+def _noting(function: Callable[..., Any], failures: dict[int, str | None], *args: Any) -> Any:
+    """Call ``function`` and note what it raises."""
+    try:
+        return function(*args)
+    except Exception as error:
+        failures[id(error)] = getattr(error, "plugin", None)
+        raise
