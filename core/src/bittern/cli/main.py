@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("bittern.cli.verify:verify", "Load a checkpoint in its client and compare."),
     "inspect": ("bittern.cli.inspect:inspect", "Say what a directory holds."),
     "recipes": ("bittern.cli.recipes:recipes", "List and show recipes."),
-    "plugins": ("bittern.cli.plugins:plugins", "List plugins and hooks."),
+    "plugins": ("bittern.cli.plugins:plugins", "List plugins and hooks, begin a new plugin."),
     "doctor": ("bittern.cli.doctor:doctor", "Check the installation, say how to mend it."),
 }
 

@@ -1,7 +1,8 @@
-"""``bittern plugins``: what is installed, what became of it, and which hooks there are."""
+"""``bittern plugins``: what is installed, what became of it, which hooks there are, a new one."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,12 +29,13 @@ Examples:
   bittern plugins list
   bittern plugins list --hook register_exporters
   bittern plugins show huggingface
-  bittern plugins hooks"""
+  bittern plugins hooks
+  bittern plugins new heron"""
 
 
 @click.group(epilog=EPILOG)
 def plugins() -> None:
-    """List plugins and hooks."""
+    """List plugins and hooks, begin a new plugin."""
 
 
 @plugins.command("list", epilog="\b\nExample:\n  bittern plugins list --all --json")
@@ -132,6 +134,48 @@ def hooks(app: App) -> None:
         summary = escape(doc.summary) + (" [dim](reserved)[/]" if doc.reserved else "")
         table.add_row(doc.signature, doc.kind, summary, escape("\n".join(users[doc.name])))
     app.console.print(table)
+
+
+@plugins.command(epilog="\b\nExample:\n  bittern plugins new heron --target 'heron-nn>=2'")
+@click.argument("name")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where to; bittern-NAME by default.",
+)
+@click.option(
+    "--target",
+    metavar="REQUIREMENT",
+    help="The framework it is for; by default one is made up and written too.",
+)
+@json_option
+@pass_app
+def new(app: App, *, name: str, output: Path | None, target: str | None) -> None:
+    """Write a complete plugin to start from.
+
+    NAME is its short name: `heron` becomes the distribution bittern-heron. As it is written, it
+    quantizes, traces and exports the models of a small made-up framework, and its tests pass.
+    """
+    from bittern.cli.scaffold import scaffold, write
+
+    plugin = scaffold(name, target)
+    app.say("writing ...")
+    folder = output if output is not None else Path(plugin.distribution)
+    names = write(plugin, folder)
+    if app.json:
+        app.emit(
+            {
+                "path": str(folder),
+                "name": plugin.name,
+                "distribution": plugin.distribution,
+                "package": plugin.package,
+                "files": names,
+            }
+        )
+        return
+    click.echo(f"{folder}: {len(names)} files of {plugin.distribution}. To try it:")
+    click.echo(f"  cd {folder}\n  {plugin.values()['install']}\n  pytest")
 
 
 def record_dict(record: PluginRecord) -> dict[str, Any]:

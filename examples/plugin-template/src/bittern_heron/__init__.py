@@ -1,0 +1,1 @@
+"""Quantizes models of heron-framework with Bittern."""

@@ -1,0 +1,77 @@
+"""The plugin keeps what Bittern promises its users: the conformance kit, given our modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bittern.testing import (
+    ExportCase,
+    ExporterConformance,
+    ModuleCase,
+    ModuleConformance,
+    PluginConformance,
+    SymbolCase,
+    SymbolConformance,
+    TraceConformance,
+)
+from torch import nn
+
+from heron_framework.attention import DotProduct
+from heron_framework.layers import Linear
+from heron_framework.model import Encoder
+
+
+class TestPlugin(PluginConformance):
+    plugin = "heron"
+
+
+def normal(*shape: int, count: int = 1) -> Callable[[torch.Generator], tuple[Any, ...]]:
+    return lambda generator: tuple(torch.randn(shape, generator=generator) for _ in range(count))
+
+
+class TestModules(ModuleConformance):
+    plugin = "heron"
+
+    def cases(self) -> list[ModuleCase]:
+        return [
+            ModuleCase("linear", make=lambda: Linear(32, 16), inputs=normal(8, 32)),
+            ModuleCase(
+                "fused-relu",
+                make=lambda: Linear(16, 24, bias=False, activation="relu"),
+                inputs=normal(2, 3, 16),
+            ),
+            ModuleCase("dot-product", make=DotProduct, inputs=normal(2, 4, 8, count=3)),
+        ]
+
+
+class TestSymbols(SymbolConformance):
+    plugin = "heron"
+
+    def cases(self) -> list[SymbolCase]:
+        return [SymbolCase("linear", make=lambda: Linear(32, 16))]
+
+
+class TestTrace(TraceConformance):
+    plugin = "heron"
+
+
+def encoder() -> nn.Module:
+    return Encoder(width=16, heads=2, depth=1)
+
+
+class TestExport(ExporterConformance):
+    plugin = "heron"
+    format = "heron"
+
+    def cases(self) -> list[ExportCase]:
+        return [
+            ExportCase(
+                "encoder",
+                make=encoder,
+                recipe="heron-int8",
+                data=lambda g: [torch.randn(2, 6, 16, generator=g) for _ in range(2)],
+                unsupported={"rules": [{"match": {"class": "Linear"}, "weight": "fp8"}]},
+            )
+        ]
