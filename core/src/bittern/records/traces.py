@@ -31,11 +31,21 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Dimensions that must change together."""
+    """Dimensions that must change together.
+
+    Attributes:
+        size: Number of coordinates.
+        sortable: Whether one permutation of the coordinates, applied to all members, changes
+            nothing.
+        members: The tensors' dimensions.
+        normalized_by: Modules that compute statistics over the coordinates (norms, softmax,
+            means): removing some is then not the same as making them zero.
+    """
 
     size: int
     sortable: bool
     members: tuple[Member, ...]
+    normalized_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,261 @@
+"""Carries axes through an operator graph: every operator relates the axes of what it reads and makes.
+
+Which relation an operator stands for is a rule (`bittern.records.OpRule`), core's own included. An
+operator without a rule is a barrier: all axes that meet it are fixed, and it is reported. Nothing
+is ever guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from bittern.tracing.flow.axes import Axis, product, split_product, split_sum, unify
+from bittern.tracing.flow.graph import OpGraph, OpNode, Value
+
+__all__ = ["Axes", "Flow", "FlowRule", "OpTable"]
+
+Axes = tuple[Axis, ...]
+FlowRule = Callable[..., "Axes | list[Axes | None] | None"]
+
+NOT_LOOKED_INTO = "a module that is not looked into"
+
+
+@dataclass(frozen=True)
+class OpTable:
+    """Finds the rule of an operator.
+
+    Attributes:
+        rules: Qualified name, or ``"namespace.op.*"``, to ``(function, options, plugin)``.
+    """
+
+    rules: Mapping[str, tuple[FlowRule, Mapping[str, object], str]]
+    _found: dict[str, tuple[FlowRule, Mapping[str, object], str] | None] = field(
+        default_factory=dict
+    )
+
+    def find(self, op: str) -> tuple[FlowRule, Mapping[str, object], str] | None:
+        """Return the rule of ``op``, its options and who registered it."""
+        if op not in self._found:
+            rule = self.rules.get(op)
+            if rule is None:
+                packet = op.rpartition(".")[0]
+                rule = self.rules.get(f"{packet}.*") or self.rules.get(
+                    f"{packet.removesuffix('_')}.*"
+                )
+            self._found[op] = rule
+        return self._found[op]
+
+    def knows(self, op: str) -> bool:
+        """Return whether there is a rule for ``op``."""
+        return self.find(op) is not None
+
+
+class Flow:
+    """The axes of every tensor of a graph.
+
+    Attributes:
+        barriers: Module path to why the analysis stopped there.
+    """
+
+    def __init__(self, graph: OpGraph, table: OpTable) -> None:
+        self.graph = graph
+        self.barriers: dict[str, str] = {}
+        self._table = table
+        self._axes: dict[Value, Axes] = {}
+
+    # --- what rules use ---
+
+    def of(self, value: Value) -> Axes:
+        """Return the axes of a tensor.
+
+        Args:
+            value: A tensor of the graph.
+        """
+        axes = self._axes.get(value)
+        if axes is None:
+            reason = "" if value.stored else f"it is {_what(value)}"
+            axes = self._axes[value] = tuple(Axis(n, fixed=reason) for n in value.shape)
+        return axes
+
+    @staticmethod
+    def fresh(size: int, fixed: str = "") -> Axis:
+        """Return a new axis, fixed where ``fixed`` says why."""
+        return Axis(size, fixed=fixed)
+
+    def same(self, one: Axis, two: Axis) -> Axis:
+        """Unify two axes and return the result; axes of size 1 give way."""
+        if one.size == 1:
+            return two
+        if two.size != 1:
+            unify(one, two)
+        return one
+
+    def together(self, every: Iterable[Axes]) -> None:
+        """Unify the axes of several tensors of one shape, dimension by dimension."""
+        first: Axes | None = None
+        for axes in every:
+            if first is None:
+                first = axes
+                continue
+            for one, two in zip(first, axes, strict=True):
+                unify(one, two)
+
+    def broadcast(self, every: Sequence[Axes], shape: Sequence[int]) -> Axes:
+        """Return the axes of a tensor of ``shape`` that an elementwise operator makes."""
+        rank = len(shape)
+        if len(every) == 1 and len(every[0]) == rank:
+            return every[0]
+        out: list[Axis] = []
+        for d, size in enumerate(shape):
+            found: Axis | None = None
+            for axes in every:
+                at = d - rank + len(axes)
+                if at < 0 or axes[at].size != size or size == 1:
+                    continue
+                if found is None:
+                    found = axes[at]
+                elif found is not axes[at]:
+                    unify(found, axes[at])
+            out.append(found if found is not None else Axis(size))
+        return tuple(out)
+
+    def reshape(self, axes: Axes, shape: Sequence[int], where: str) -> Axes:
+        """Return the axes of a view of ``shape``."""
+        ins = [a for a in axes if a.size != 1]
+        out: dict[int, Axis] = {}
+        outs = [(i, n) for i, n in enumerate(shape) if n != 1]
+        i = j = 0
+        while i < len(ins) and j < len(outs):
+            left, right = ins[i].size, outs[j][1]
+            i0, j0 = i, j
+            i, j = i + 1, j + 1
+            while left != right:
+                if left < right and i < len(ins):
+                    left *= ins[i].size
+                    i += 1
+                elif right < left and j < len(outs):
+                    right *= outs[j][1]
+                    j += 1
+                else:
+                    break
+            out.update(self._rechunk(ins[i0:i], outs[j0:j], where))
+        return tuple(out[k] if k in out else Axis(n) for k, n in enumerate(shape))
+
+    def _rechunk(
+        self, ins: list[Axis], outs: list[tuple[int, int]], where: str
+    ) -> dict[int, Axis]:
+        if len(ins) == len(outs) == 1:
+            return {outs[0][0]: ins[0]}
+        whole = product(ins)
+        if len(outs) == 1:
+            return {outs[0][0]: whole}
+        parts = split_product(whole, [n for _, n in outs])
+        if parts is None:
+            reason = f"a view takes it apart where it has no seam ({where})"
+            whole.fix(reason)
+            return {k: Axis(n, fixed=reason) for k, n in outs}
+        return {k: part for (k, _), part in zip(outs, parts, strict=True)}
+
+    def divide(self, axis: Axis, sizes: Sequence[int], where: str) -> list[Axis]:
+        """Return consecutive parts of an axis, of the given sizes."""
+        parts = split_sum(axis, sizes)
+        if parts is None:
+            reason = f"it is cut where it has no seam ({where})"
+            axis.fix(reason)
+            return [Axis(n, fixed=reason) for n in sizes]
+        queue = iter(parts)
+        return [next(queue) if n else Axis(0) for n in sizes]
+
+    def factor(self, axis: Axis, sizes: Sequence[int], where: str) -> list[Axis]:
+        """Return the factors of an axis, outer first."""
+        parts = split_product(axis, sizes)
+        if parts is None:
+            reason = f"it is taken apart where it has no seam ({where})"
+            axis.fix(reason)
+            return [Axis(n, fixed=reason) for n in sizes]
+        return parts
+
+    @staticmethod
+    def where(node: OpNode) -> str:
+        """Say where a node is, for reasons."""
+        op = node.op.split(".")[1] if node.op.count(".") > 1 else node.op
+        return f"{op} in {node.module or 'the model'}"
+
+    # --- the pass ---
+
+    def run(self) -> None:
+        """Carry axes through the whole graph."""
+        for value in self.graph.inputs:
+            self.of(value)
+        for node in self.graph.nodes:
+            self._step(node)
+        if not self.graph.failure:
+            for value in self.graph.outputs:
+                for axis in self.of(value):
+                    axis.fix("it is a dimension of the model's output")
+            return
+        where = self.graph.failed_in or "the model"
+        self.barriers[self.graph.failed_in] = f"the run ended here: {self.graph.failure}"
+        for value in list(self._axes):  # what would have read them is not known
+            if not value.stored and value.producer is not None and not value.users:
+                for axis in self.of(value):
+                    axis.fix(f"the run ended before it was read (in {where})", barrier=True)
+
+    def _step(self, node: OpNode) -> None:
+        entry = self._table.find(node.op)
+        if entry is None:
+            leaf = node.op.startswith("module.")
+            self._barrier(node, NOT_LOOKED_INTO if leaf else f"there is no rule for {node.op}")
+            return
+        rule, options, plugin = entry
+        try:
+            made = rule(node, self, **options)
+        except Exception as error:  # a rule that fails must not cost the whole trace
+            self._barrier(
+                node, f"the rule of {plugin} for {node.op}: {type(error).__name__}: {error}"
+            )
+            return
+        every = made if isinstance(made, list) else [made]
+        for k, value in enumerate(node.outputs):
+            if value is None:
+                continue
+            axes = every[k] if k < len(every) else None
+            if axes is None:
+                axes = tuple(Axis(n, fixed="data") for n in value.shape)
+            if tuple(a.size for a in axes) != value.shape:
+                got = [a.size for a in axes]
+                self._barrier(
+                    node,
+                    f"the rule of {plugin} for {node.op} gives the shape {got}, "
+                    f"it is {list(value.shape)}",
+                )
+                return
+            self._axes[value] = axes
+
+    def _barrier(self, node: OpNode, reason: str) -> None:
+        known = self.barriers.setdefault(node.module, reason)
+        if reason not in known:
+            self.barriers[node.module] = f"{known}; {reason}"
+        for value in node.inputs():
+            for axis in self.of(value):
+                axis.fix(reason, barrier=True)
+        for value in node.outputs:
+            if value is not None:
+                axes = tuple(Axis(n) for n in value.shape)
+                for axis in axes:
+                    axis.fix(reason, barrier=True)
+                self._axes[value] = axes
+
+
+def _what(value: Value) -> str:
+    if value.kind == "input":
+        return "a dimension of the model's input"
+    return "a constant" if value.kind == "constant" else "data"
+
+
+def numel(shape: Sequence[int]) -> int:
+    """Return the number of elements of a shape."""
+    return prod(shape)

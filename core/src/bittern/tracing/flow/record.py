@@ -1,0 +1,355 @@
+"""Runs a model once and records the operators it calls, with the module that called them.
+
+The run computes shapes only (fake tensors), so it costs no memory and works for models on the meta
+device; where a model looks at values, which fake tensors do not have, it is run once more for real.
+
+In inference mode the dispatcher hands over composite operators (``linear``, ``einsum``,
+``scaled_dot_product_attention``) whole. Those without a rule are taken apart, here and then, into
+the operators they are made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from bittern.tracing.flow.graph import OpGraph, OpNode, Value
+from bittern.tracing.flow.state import untouched
+
+__all__ = ["NeedsValuesError", "record"]
+
+CPU = torch.device("cpu")
+ATTRIBUTE = "_bittern_value"
+READS_VALUES = frozenset(
+    {"aten._local_scalar_dense.default", "aten.equal.default", "aten.is_nonzero.default"}
+)
+SILENT = frozenset({"aten.detach.default", "prim.device.default"})
+
+Knows = Callable[[str], bool]
+
+
+class NeedsValuesError(Exception):
+    """The model looks at values, which a fake run does not have."""
+
+
+def record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    knows: Knows,
+    leaf: Callable[[nn.Module], str] = lambda module: "",
+    fake: bool = True,
+) -> OpGraph:
+    """Run ``model`` and return what it did.
+
+    Args:
+        model: Any model; its parameters, buffers, attributes and mode are as before afterwards.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
+        knows: Whether there is a rule for an operator; what has none is decomposed if it can be.
+        leaf: Why a module is not to be looked into, ``""`` for the others.
+        fake: Whether to compute shapes only.
+
+    Raises:
+        NeedsValuesError: A fake run met something that depends on values.
+    """
+    graph = OpGraph(fake=fake)
+    with untouched(model), torch.inference_mode(), contextlib.ExitStack() as stack:
+        mode = stack.enter_context(FakeTensorMode()) if fake else None
+        recorder = _Recorder(model, graph, knows, leaf, mode)
+        stack.enter_context(recorder.provenance())
+        args = tuple(recorder.take(value, f"input {i}") for i, value in enumerate(args))
+        kwargs = {name: recorder.take(value, name) for name, value in kwargs.items()}
+        try:
+            with recorder:
+                outputs = model(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise NeedsValuesError(str(error)) from error
+        except Exception as error:
+            if fake and _depends_on_values(error):
+                raise NeedsValuesError(str(error)) from error
+            graph.failure = f"{type(error).__name__}: {error}"
+            graph.failed_in = recorder.failed_in
+        else:
+            graph.outputs.extend(v for t in _tensors(outputs) if (v := recorder.known(t)))
+    return graph
+
+
+def _depends_on_values(error: Exception) -> bool:
+    """Whether an error is there only because fake tensors have no values."""
+    name = type(error).__name__
+    return name in ("GuardOnDataDependentSymNode", "UnsupportedFakeTensorException") or (
+        "fake" in str(error).lower() or "data-dependent" in str(error).lower()
+    )
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every operator below autograd; keeps who called it and what it read and made."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: OpGraph,
+        knows: Knows,
+        leaf: Callable[[nn.Module], str],
+        mode: FakeTensorMode | None,
+    ) -> None:
+        super().__init__()
+        self._graph = graph
+        self._knows = knows
+        self._leaf = leaf
+        self._mode = mode
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._stored: dict[int, Value] = {}
+        self._alive: list[Tensor] = []  # an id means nothing once its object is gone
+        self._twins: dict[int, Tensor] = {}
+        self._stack: list[tuple[str, nn.Module]] = []
+        self._names: dict[Any, tuple[str, bool]] = {}
+        self._inside_leaf = 0
+        self.failed_in = ""
+        for kind, named in (
+            ("parameter", model.named_parameters()),
+            ("buffer", model.named_buffers()),
+        ):
+            for name, tensor in named:
+                self._store(name, tensor, kind)
+
+    # --- tensors ---
+
+    def _store(self, name: str, tensor: Tensor, kind: str) -> Value:
+        known = self._graph.stored.get(name)
+        value = known if known is not None else _value(tensor, kind, name)
+        self._stored[id(tensor)] = value
+        self._alive.append(tensor)
+        self._graph.stored[name] = value
+        return value
+
+    def take(self, tree: Any, name: str) -> Any:
+        """Return example inputs as tensors of this run, known as inputs."""
+        if isinstance(tree, Tensor):
+            if id(tree) in self._stored:
+                return tree
+            if self._mode is not None:
+                fresh: Tensor = self._fake(tree)
+            else:
+                fresh = tree.detach()
+            value = _value(tree, "input", name)
+            setattr(fresh, ATTRIBUTE, value)
+            self._graph.inputs.append(value)
+            return fresh
+        if type(tree) in (list, tuple):
+            return type(tree)(self.take(item, name) for item in tree)
+        if type(tree) is dict:
+            return {key: self.take(item, f"{name}.{key}") for key, item in tree.items()}
+        return tree
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        assert self._mode is not None
+        # Not an inference tensor: views of one cannot be made by fake kernels.
+        with _disable_current_modes(), torch.inference_mode(False):
+            meta = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            return FakeTensor(self._mode, meta, CPU)
+
+    def known(self, tensor: Tensor) -> Value:
+        """Return the value of a tensor; one that nobody made here is a constant."""
+        found: Value | None = self._stored.get(id(tensor))
+        if found is None:
+            found = getattr(tensor, ATTRIBUTE, None)
+        if found is None:
+            found = self._moved(tensor) or _value(tensor, "constant", "a constant")
+            if not isinstance(tensor, nn.Parameter):
+                setattr(tensor, ATTRIBUTE, found)
+        return found
+
+    def _moved(self, tensor: Tensor) -> Value | None:
+        """Find a parameter that was replaced during the run (offloaded weights are)."""
+        for path, module in reversed(self._stack):
+            for own in (module._parameters, module._buffers):
+                for name, held in own.items():
+                    if held is tensor:
+                        kind = "parameter" if own is module._parameters else "buffer"
+                        return self._store(f"{path}.{name}" if path else name, tensor, kind)
+        return None
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        """Return the fake stand-in of a real tensor."""
+        twin = self._twins.get(id(tensor))
+        if twin is None:
+            value = self.known(tensor)
+            twin = self._twins[id(tensor)] = self._fake(tensor)
+            self._alive.append(tensor)
+            setattr(twin, ATTRIBUTE, value)
+        return twin
+
+    def _swap(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item if isinstance(item, FakeTensor) else self._twin(item)
+        if isinstance(item, list | tuple):
+            return type(item)(self._swap(i) for i in item)
+        if isinstance(item, torch.device):
+            return CPU
+        return item
+
+    def _spare(self, item: Any) -> Any:
+        """Return a copy of a parameter or buffer that an operator is about to overwrite."""
+        if isinstance(item, Tensor) and id(item) in self._stored:
+            twin = self._twins.get(id(item))
+            if twin is None:
+                twin = self._twins[id(item)] = item.detach().clone()
+                setattr(twin, ATTRIBUTE, self._stored[id(item)])
+            return twin
+        return item
+
+    def _values(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return self.known(item)
+        if isinstance(item, list | tuple):
+            return [self._values(i) for i in item]
+        return item
+
+    # --- operators ---
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        entry = self._names.get(func)
+        if entry is None:
+            name = str(func)
+            takes_apart = not self._knows(name) and _composite(func)
+            entry = self._names[func] = (name, takes_apart)
+        name, takes_apart = entry
+        if self._mode is not None:
+            args = tuple([self._swap(a) for a in args])
+            kwargs = {k: self._swap(v) for k, v in kwargs.items()}
+        elif func._schema.is_mutable:
+            args = tuple([self._spare(a) for a in args])
+        if takes_apart and not self._inside_leaf:
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        made = func(*args, **kwargs)
+        if name in READS_VALUES:
+            path = self._stack[-1][0] if self._stack else ""
+            self._graph.branches.setdefault(path, "it looks at the value of a tensor")
+        elif not self._inside_leaf and name not in SILENT:
+            self._note(name, args, kwargs, made)
+        elif name in SILENT and isinstance(made, Tensor):
+            setattr(made, ATTRIBUTE, self.known(args[0]))
+        return made
+
+    def _note(self, name: str, args: Any, kwargs: Any, made: Any) -> None:
+        node = OpNode(
+            name,
+            tuple([self._values(a) for a in args]),
+            {k: self._values(v) for k, v in kwargs.items()},
+            (),
+            self._stack[-1][0] if self._stack else "",
+        )
+        outputs: list[Value | None] = []
+        for item in made if isinstance(made, list | tuple) else (made,):
+            if not isinstance(item, Tensor):
+                outputs.append(None)
+                continue
+            value = _value(item, "activation", "")
+            value.producer = node
+            if id(item) not in self._stored:
+                setattr(item, ATTRIBUTE, value)
+            outputs.append(value)
+        node.outputs = tuple(outputs)
+        for value in node.inputs():
+            value.users.append(node)
+        self._graph.nodes.append(node)
+
+    # --- modules ---
+
+    @contextlib.contextmanager
+    def provenance(self) -> Iterator[None]:
+        """Follow which module runs, without touching the modules."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            path = self._paths.get(id(module))
+            if path is None:
+                path = f"{self._stack[-1][0]}.?" if self._stack else "?"
+            self._stack.append((path, module))
+            self._graph.modules.add(path)
+            if self._inside_leaf or self._leaf(module):
+                self._inside_leaf += 1
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if not self._stack or self._stack[-1][1] is not module:
+                return
+            path, _ = self._stack.pop()
+            if output is None and not self.failed_in:
+                self.failed_in = path
+            if self._inside_leaf:
+                self._inside_leaf -= 1
+                if not self._inside_leaf:
+                    self._note_leaf(path, module, args, output)
+
+        handles = (
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note_leaf(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Record a module that is not looked into as one operator."""
+        reads = [*_tensors(args), *module.parameters(), *module.buffers()]
+        self._stack.append((path, module))
+        self._note(f"module.{type(module).__qualname__}", (reads,), {}, list(_tensors(output)))
+        self._stack.pop()
+
+
+def _composite(func: Any) -> bool:
+    """Whether an operator is made of others and can be taken apart."""
+    try:
+        return bool(
+            func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        )
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _value(tensor: Tensor, kind: str, name: str) -> Value:
+    return Value(
+        tuple(tensor.shape),
+        kind=kind,
+        name=name,
+        floating=tensor.is_floating_point() or tensor.is_complex(),
+        boolean=tensor.dtype is torch.bool,
+    )
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a model's output, whatever holds them."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from _tensors(item)
+    elif isinstance(tree, list | tuple | set):
+        for item in tree:
+            yield from _tensors(item)
+    elif hasattr(tree, "__dataclass_fields__"):
+        for name in tree.__dataclass_fields__:
+            yield from _tensors(getattr(tree, name))

@@ -1,0 +1,159 @@
+"""Operators that multiply and sum: matrix products, linear layers, attention."""
+
+from __future__ import annotations
+
+from bittern.tracing.flow.axes import Axis, product
+from bittern.tracing.flow.graph import OpNode, Value
+from bittern.tracing.flow.propagate import Axes, Flow
+
+__all__ = [
+    "addmm",
+    "attention",
+    "bilinear",
+    "cdist",
+    "einsum",
+    "grouped_mm",
+    "linear",
+    "matmul",
+    "outer",
+]
+
+
+def linear(node: OpNode, flow: Flow) -> Axes:
+    """``linear(x, weight, bias)``: ``weight`` is ``(out, in)``."""
+    axes, weight = flow.of(node.tensor(0)), flow.of(node.tensor(1))
+    flow.same(axes[-1], weight[-1])
+    bias = node.arg(2, "bias")
+    if len(weight) == 1:
+        return axes[:-1]
+    if isinstance(bias, Value) and bias.shape:
+        flow.same(weight[0], flow.of(bias)[-1])
+    return (*axes[:-1], weight[0])
+
+
+def matmul(node: OpNode, flow: Flow) -> Axes:
+    """``matmul``, ``mm``, ``bmm``, ``mv`` and ``dot``."""
+    return _matmul(flow.of(node.tensor(0)), flow.of(node.tensor(1)), node, flow)
+
+
+def _matmul(a: Axes, b: Axes, node: OpNode, flow: Flow) -> Axes:
+    flow.same(a[-1], b[-2] if len(b) > 1 else b[-1])
+    batch = len(node.out.shape) - (len(a) > 1) - (len(b) > 1)
+    lead = flow.broadcast([a[:-2], b[:-2]], node.out.shape[:batch])
+    rows = (a[-2],) if len(a) > 1 else ()
+    columns = (b[-1],) if len(b) > 1 else ()
+    return (*lead, *rows, *columns)
+
+
+def addmm(node: OpNode, flow: Flow) -> Axes:
+    """``addmm(bias, a, b)`` and ``baddbmm``."""
+    made = _matmul(flow.of(node.tensor(1)), flow.of(node.tensor(2)), node, flow)
+    return flow.broadcast([made, flow.of(node.tensor(0))], node.out.shape)
+
+
+def outer(node: OpNode, flow: Flow) -> Axes:
+    """``outer(a, b)``."""
+    return (*flow.of(node.tensor(0)), *flow.of(node.tensor(1)))
+
+
+def cdist(node: OpNode, flow: Flow) -> Axes:
+    """``cdist(a, b)``: distances of rows."""
+    a, b = flow.of(node.tensor(0)), flow.of(node.tensor(1))
+    flow.same(a[-1], b[-1])
+    lead = flow.broadcast([a[:-2], b[:-2]], node.out.shape[:-2])
+    return (*lead, a[-2], b[-2])
+
+
+def bilinear(node: OpNode, flow: Flow) -> Axes:
+    """``bilinear(x1, x2, weight, bias)``: ``weight`` is ``(out, in1, in2)``."""
+    one, two, weight = (flow.of(node.tensor(k)) for k in range(3))
+    flow.same(one[-1], weight[1])
+    flow.same(two[-1], weight[2])
+    bias = node.arg(3, "bias")
+    if isinstance(bias, Value):
+        flow.same(weight[0], flow.of(bias)[0])
+    lead = flow.broadcast([one[:-1], two[:-1]], node.out.shape[:-1])
+    return (*lead, weight[0])
+
+
+def einsum(node: OpNode, flow: Flow) -> Axes:
+    """``einsum(equation, tensors)``: one letter, one axis."""
+    equation, tensors = node.args[0].replace(" ", ""), node.args[1]
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = sorted({c for c in left if c.isalpha() and left.count(c) == 1})
+        right = ("..." if "..." in left else "") + "".join(letters)
+    known: dict[str, Axis] = {}
+    dots: list[Axes] = []
+    for term, value in zip(terms, tensors, strict=True):
+        axes = flow.of(value)
+        before, _, after = term.partition("...")
+        names = before + after
+        extra = len(axes) - len(names)
+        dots.append(axes[len(before) : len(before) + extra])
+        own = (*axes[: len(before)], *axes[len(before) + extra :])
+        for letter, axis in zip(names, own, strict=True):
+            known[letter] = flow.same(known[letter], axis) if letter in known else axis
+            if names.count(letter) > 1:
+                axis.fix(f"a diagonal is taken of it ({flow.where(node)})")
+    at = right.find("...")
+    head = right.replace("...", "")[: max(at, 0)] if at >= 0 else right
+    tail = right.replace("...", "")[at:] if at >= 0 else ""
+    rank = max((len(d) for d in dots), default=0)
+    shape = node.out.shape[len(head) : len(head) + rank] if at >= 0 else ()
+    middle = flow.broadcast(dots, shape) if at >= 0 else ()
+    return (*(known[c] for c in head), *middle, *(known[c] for c in tail))
+
+
+def attention(node: OpNode, flow: Flow) -> Axes:
+    """``scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale, enable_gqa)``.
+
+    ``q`` is ``(..., heads, L, E)``, ``k`` ``(..., kv heads, S, E)``, ``v`` ``(..., kv heads, S, V)``.
+    Under ``enable_gqa`` the heads are ``kv heads x queries per kv head``.
+    """
+    q, k, v = (flow.of(node.tensor(i)) for i in range(3))
+    flow.same(q[-1], k[-1])
+    flow.same(k[-2], v[-2])
+    if node.arg(6, "scale") is None:
+        q[-1].normalize(node.module or "the model")  # the default scale counts its coordinates
+    heads = q[:-2]
+    if len(q) > 2 and q[-3].size != k[-3].size and k[-3].size > 1:
+        count = k[-3].size
+        kv, _ = flow.factor(q[-3], (count, q[-3].size // count), flow.where(node))
+        flow.same(kv, k[-3])
+        flow.same(k[-3], v[-3])
+        flow.broadcast([q[:-3], k[:-3], v[:-3]], node.out.shape[:-3])
+    else:
+        heads = flow.broadcast([q[:-2], k[:-2], v[:-2]], node.out.shape[:-2])
+    mask = node.arg(3, "attn_mask")
+    if isinstance(mask, Value):
+        scores = (*heads, q[-2], k[-2])
+        flow.broadcast([scores, flow.of(mask)], [a.size for a in scores])
+    return (*heads, q[-2], v[-1])
+
+
+def grouped_mm(node: OpNode, flow: Flow) -> Axes:
+    """``_grouped_mm(a, b, offsets, bias)``: rows of ``a`` (M, K) meet the ``b`` (E, K, N) of theirs.
+
+    Also the two-dimensional forms, where the groups run along a shared dimension.
+    """
+    a, b = flow.of(node.tensor(0)), flow.of(node.tensor(1))
+    if len(a) == len(b) == 3:
+        return _matmul(a, b, node, flow)
+    if len(a) == 2 and len(b) == 3:
+        b[0].fix(f"it is chosen by an index ({flow.where(node)})")
+        flow.same(a[1], b[1])
+        bias = node.arg(3, "bias")
+        if isinstance(bias, Value):
+            flow.same(flow.of(bias)[-1], b[2])
+        return (a[0], b[2])
+    for axis in (*a, *b):
+        axis.fix(f"its groups are chosen by an index ({flow.where(node)})")
+    return tuple(Axis(n, fixed="data") for n in node.out.shape)
+
+
+def kron(node: OpNode, flow: Flow) -> Axes:
+    """``kron(a, b)``: every coordinate of one with every one of the other."""
+    a, b = flow.of(node.tensor(0)), flow.of(node.tensor(1))
+    return tuple(product((x, y)) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,266 @@
+"""Operators that move, split and join dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bittern.tracing.flow.axes import Axis, product, total
+from bittern.tracing.flow.graph import OpNode, Value
+from bittern.tracing.flow.propagate import Axes, Flow
+
+__all__ = [
+    "cat",
+    "diagonal",
+    "expand",
+    "flip",
+    "movedim",
+    "pad",
+    "permute",
+    "repeat",
+    "repeat_interleave",
+    "reshape",
+    "select",
+    "slice_",
+    "split",
+    "squeeze",
+    "stack",
+    "transpose",
+    "triangle",
+    "unbind",
+    "unfold",
+    "unsqueeze",
+]
+
+
+def _dims(given: Any, rank: int) -> list[int]:
+    every = [given] if isinstance(given, int) else list(given)
+    return [d % rank for d in every] if rank else []
+
+
+def reshape(node: OpNode, flow: Flow) -> Axes:
+    """``view``, ``reshape``, ``flatten`` and ``unflatten``: the same elements in another shape."""
+    return flow.reshape(flow.of(node.tensor(0)), node.out.shape, flow.where(node))
+
+
+def permute(node: OpNode, flow: Flow) -> Axes:
+    """``permute(x, dims)``."""
+    axes = flow.of(node.tensor(0))
+    return tuple(axes[d] for d in _dims(node.arg(1, "dims"), len(axes)))
+
+
+def transpose(node: OpNode, flow: Flow) -> Axes:
+    """``transpose(x, a, b)`` and ``t(x)``."""
+    axes = list(flow.of(node.tensor(0)))
+    if len(axes) < 2:
+        return tuple(axes)
+    default = (0, 1) if node.op.split(".")[1] in ("t", "t_", "numpy_T") else (-2, -1)
+    a, b = node.arg(1, "dim0", default[0]), node.arg(2, "dim1", default[1])
+    axes[a], axes[b] = axes[b], axes[a]
+    return tuple(axes)
+
+
+def movedim(node: OpNode, flow: Flow) -> Axes:
+    """``movedim(x, source, destination)``."""
+    axes = flow.of(node.tensor(0))
+    rank = len(axes)
+    source, target = _dims(node.args[1], rank), _dims(node.args[2], rank)
+    order: list[int | None] = [None] * rank
+    for s, t in zip(source, target, strict=True):
+        order[t] = s
+    rest = iter([d for d in range(rank) if d not in source])
+    return tuple(axes[next(rest) if d is None else d] for d in order)
+
+
+def unsqueeze(node: OpNode, flow: Flow) -> Axes:
+    """``unsqueeze(x, dim)``."""
+    axes = list(flow.of(node.tensor(0)))
+    axes.insert(node.arg(1, "dim") % (len(axes) + 1), Axis(1))
+    return tuple(axes)
+
+
+def squeeze(node: OpNode, flow: Flow) -> Axes:
+    """``squeeze(x, dim)``."""
+    axes = flow.of(node.tensor(0))
+    given = node.arg(1, "dim")
+    gone = range(len(axes)) if given is None else _dims(given, len(axes))
+    return tuple(a for d, a in enumerate(axes) if d not in gone or a.size != 1)
+
+
+def expand(node: OpNode, flow: Flow) -> Axes:
+    """``expand(x, sizes)``: along what it repeats, all coordinates are alike."""
+    axes, shape = flow.of(node.tensor(0)), node.out.shape
+    extra = len(shape) - len(axes)
+    return tuple(
+        Axis(n) if d < extra or axes[d - extra].size != n else axes[d - extra]
+        for d, n in enumerate(shape)
+    )
+
+
+def repeat(node: OpNode, flow: Flow) -> Axes:
+    """``repeat(x, repeats)`` and ``tile``."""
+    axes, shape = flow.of(node.tensor(0)), node.out.shape
+    padded = [Axis(1)] * (len(shape) - len(axes)) + list(axes)
+    return tuple(
+        a if a.size == n else product((Axis(n // a.size), a)) if a.size else Axis(n)
+        for a, n in zip(padded, shape, strict=True)
+    )
+
+
+def repeat_interleave(node: OpNode, flow: Flow) -> Axes:
+    """``repeat_interleave(x, n, dim)``: every coordinate ``n`` times in a row."""
+    axes, shape = list(flow.of(node.tensor(0))), node.out.shape
+    repeats, dim = node.arg(1, "repeats"), node.arg(2, "dim")
+    if dim is None:
+        axes, dim = [product(axes)], 0
+    if isinstance(repeats, Value):
+        axes[dim].fix(f"its coordinates are repeated unequally ({flow.where(node)})")
+        axes[dim] = Axis(shape[dim], fixed="data")
+    else:
+        axes[dim] = product((axes[dim], Axis(repeats)))
+    return tuple(axes)
+
+
+def cat(node: OpNode, flow: Flow) -> Axes:
+    """``cat(tensors, dim)``."""
+    tensors = [v for v in node.args[0] if v.shape != (0,) or len(node.out.shape) == 1]
+    every = [flow.of(v) for v in tensors]
+    dim = node.arg(1, "dim", 0) % len(node.out.shape)
+    out: list[Axis] = []
+    for d in range(len(node.out.shape)):
+        if d == dim:
+            out.append(total(axes[d] for axes in every))
+        else:
+            flow.together([(axes[d],) for axes in every])
+            out.append(every[0][d])
+    return tuple(out)
+
+
+def stack(node: OpNode, flow: Flow) -> Axes:
+    """``stack(tensors, dim)``: a new dimension whose positions mean something."""
+    every = [flow.of(v) for v in node.args[0]]
+    flow.together(every)
+    axes = list(every[0])
+    dim = node.arg(1, "dim", 0) % len(node.out.shape)
+    axes.insert(dim, Axis(len(every), fixed=f"tensors are stacked along it ({flow.where(node)})"))
+    return tuple(axes)
+
+
+def split(node: OpNode, flow: Flow) -> list[Axes | None]:
+    """``split``, ``split_with_sizes``, ``chunk`` and ``tensor_split``: consecutive parts."""
+    axes = flow.of(node.tensor(0))
+    dim = node.arg(2, "dim", 0) % len(axes)
+    outs = [v for v in node.outputs if v is not None]
+    parts = flow.divide(axes[dim], [v.shape[dim] for v in outs], flow.where(node))
+    return [(*axes[:dim], part, *axes[dim + 1 :]) for part in parts]
+
+
+def unbind(node: OpNode, flow: Flow) -> list[Axes | None]:
+    """``unbind(x, dim)``: every position becomes a tensor of its own."""
+    axes = flow.of(node.tensor(0))
+    dim = node.arg(1, "dim", 0) % len(axes)
+    axes[dim].fix(f"its positions go separate ways ({flow.where(node)})")
+    return [(*axes[:dim], *axes[dim + 1 :]) for _ in node.outputs]
+
+
+def select(node: OpNode, flow: Flow) -> Axes:
+    """``select(x, dim, index)``: one position."""
+    axes = flow.of(node.tensor(0))
+    dim = node.arg(1, "dim") % len(axes)
+    axes[dim].fix(f"one position is picked out ({flow.where(node)})")
+    return (*axes[:dim], *axes[dim + 1 :])
+
+
+def slice_(node: OpNode, flow: Flow) -> Axes:
+    """``slice(x, dim, start, end, step)`` and ``narrow(x, dim, start, length)``.
+
+    A literal position counts from the front: what lies before it cannot be removed without moving
+    it. Halves that turn out to be one axis (rotary embeddings) can shrink together; who collects
+    the groups looks at that (`Axis.cut`).
+    """
+    axes = list(flow.of(node.tensor(0)))
+    dim = node.arg(1, "dim", 0) % len(axes)
+    axis, where = axes[dim], flow.where(node)
+    size = axis.size
+    start, end, step = node.arg(2, "start"), node.arg(3, "end"), node.arg(4, "step", 1)
+    if node.op.split(".")[1] == "narrow":
+        end, step = start + end, 1
+    first = min(max(start + size if (start or 0) < 0 else (start or 0), 0), size)
+    last = size if end is None else min(max(end + size if end < 0 else end, first), size)
+    if (first, last, step) == (0, size, 1):
+        return tuple(axes)
+    if step != 1:
+        axes[dim] = _stride(axis, (first, last, step), flow, where)
+        return tuple(axes)
+    parts = flow.divide(axis, (first, last - first, size - last), where)
+    for position, given in ((first, start), (last, end)):
+        if 0 < position < size and given is not None:
+            axis.cut(-(size - position) if given < 0 else position, where)
+    axes[dim] = parts[1]
+    return tuple(axes)
+
+
+def _stride(axis: Axis, span: tuple[int, int, int], flow: Flow, where: str) -> Axis:
+    """Every ``step``-th coordinate: the outer factor of an axis that is a multiple of it."""
+    first, last, step = span
+    size = axis.size
+    if size % step == 0 and first < step and last > size - step:
+        outer, inner = flow.factor(axis, (size // step, step), where)
+        inner.fix(f"every {step}th coordinate is taken ({where})")
+        return outer
+    axis.fix(f"every {step}th coordinate is taken ({where})")
+    return Axis(-(-(last - first) // step), fixed="data")
+
+
+def flip(node: OpNode, flow: Flow) -> Axes:
+    """``flip`` and ``roll``: coordinates change places."""
+    axes = flow.of(node.tensor(0))
+    given = node.arg(1, "dims") if "flip" in node.op else node.arg(2, "dims", ())
+    for d in _dims(given, len(axes)) or range(len(axes)):
+        axes[d].fix(f"its coordinates change places ({flow.where(node)})")
+    return axes
+
+
+def triangle(node: OpNode, flow: Flow) -> Axes:
+    """``tril`` and ``triu``: the last two dimensions are positions."""
+    axes = flow.of(node.tensor(0))
+    for axis in axes[-2:]:
+        axis.fix(f"its positions are compared ({flow.where(node)})")
+    return axes
+
+
+def diagonal(node: OpNode, flow: Flow) -> Axes:
+    """``diagonal(x, offset, a, b)``: two dimensions become one of positions."""
+    axes = list(flow.of(node.tensor(0)))
+    a, b = (node.arg(k, n, v) % len(axes) for k, n, v in ((2, "dim1", 0), (3, "dim2", 1)))
+    for d in (a, b):
+        axes[d].fix(f"its positions are compared ({flow.where(node)})")
+    rest = [axis for d, axis in enumerate(axes) if d not in (a, b)]
+    return (*rest, Axis(node.out.shape[-1], fixed="data"))
+
+
+def pad(node: OpNode, flow: Flow) -> Axes:
+    """``constant_pad_nd`` and the other pads: something before, something after."""
+    axes, shape = list(flow.of(node.tensor(0))), node.out.shape
+    amounts = list(node.args[1])
+    constant = "constant" in node.op
+    for k in range(len(amounts) // 2):
+        d = len(axes) - 1 - k
+        before, after = amounts[2 * k], amounts[2 * k + 1]
+        if not before and not after:
+            continue
+        if not constant or before < 0 or after < 0:
+            axes[d].fix(f"it is padded ({flow.where(node)})")
+            axes[d] = Axis(shape[d], fixed="data")
+            continue
+        ends = [Axis(n, fixed="padding") for n in (before, after)]
+        axes[d] = total((ends[0], axes[d], ends[1]))
+    return tuple(axes)
+
+
+def unfold(node: OpNode, flow: Flow) -> Axes:
+    """``x.unfold(dim, size, step)``: windows along a dimension."""
+    axes = list(flow.of(node.tensor(0)))
+    dim = node.arg(1, "dimension") % len(axes)
+    axes[dim].fix(f"a window slides over it ({flow.where(node)})")
+    axes[dim] = Axis(node.out.shape[dim], fixed="data")
+    return (*axes, Axis(node.out.shape[-1], fixed="a window"))
