@@ -1,0 +1,233 @@
+"""Directives that cut reference pages out of the code, so that they cannot go stale.
+
+``bittern-hooks`` documents the hooks whose names begin with the words given, ``bittern-cli`` shows
+the help text of every command, ``bittern-conformance`` lists the tests of a conformance class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import click
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
+from sphinx.environment import BuildEnvironment
+from sphinx.ext.napoleon import Config, GoogleDocstring
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.nodes import make_refnode
+
+WIDTH = 88  # columns of a help text
+SETTINGS = Config(napoleon_use_ivar=True, napoleon_use_rtype=False, napoleon_attr_annotations=False)
+
+
+class Docstring(GoogleDocstring):
+    """A Google docstring whose ``Returns:`` is prose: a colon in it introduces no type."""
+
+    def _consume_returns_section(self, preprocess_types: bool = False) -> list[Any]:
+        return [("", "", self._dedent(self._consume_to_next_section()))]
+
+
+def translate(app: Sphinx, *about: Any) -> None:
+    """Turn the Google docstrings that autodoc finds into reStructuredText."""
+    *what, lines = about
+    lines[:] = Docstring(lines, SETTINGS, app, *what).lines()
+
+
+class Generated(SphinxDirective):
+    """A directive whose content is made by `lines`, as reStructuredText."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Return the parsed lines."""
+        found = nodes.Element()
+        source = self.get_source_info()[0]
+        lines = StringList(list(self.lines(self.arguments[0])), source)
+        self.state.nested_parse(lines, 0, found)
+        return found.children
+
+    def lines(self, argument: str) -> Iterator[str]:
+        """Yield the text that stands for the directive."""
+        raise NotImplementedError
+
+
+def shorten(_: Sphinx, what: str, name: str, obj: Any, *about: Any) -> tuple[str, None] | None:
+    """Write a record's fields as its source does: autodoc spells out every module."""
+    if what != "class" or not dataclasses.is_dataclass(obj):
+        return None
+    fields = [field for field in dataclasses.fields(obj) if field.init]
+    parts = [f"{f.name}: {f.type}{_default(f)}" for f in fields]
+    keywords = [index for index, field in enumerate(fields) if field.kw_only]
+    if keywords:
+        parts.insert(keywords[0], "*")
+    return f"({', '.join(parts)})", None
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return f" = {field.default_factory()!r}"
+    return "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
+
+
+# --- hooks ----------------------------------------------------------------------------------------
+
+
+class Hooks(Generated):
+    """Hooks by the first words of their names: signature, kind, who implements it, docstring."""
+
+    def lines(self, argument: str) -> Iterator[str]:
+        """Yield one function per hook, in the order of the specs."""
+        from bittern.cli.hookdocs import hook_docs
+        from bittern.hooks import specs
+
+        for doc in hook_docs():
+            if doc.name.partition("_")[0] not in argument.split():
+                continue
+            function = getattr(specs, doc.name)
+            parameters = ", ".join(f"{name}: {kind}" for name, kind in doc.arguments.items())
+            yield f".. py:function:: {doc.name}({parameters}) -> {doc.returns}"
+            yield ""
+            reserved = " :bdg:`reserved: not called by this version`" * doc.reserved
+            yield f"   :bdg:`{doc.kind}`{reserved}"
+            yield ""
+            text = (inspect.getdoc(function) or "").replace(" Reserved.", "", 1)
+            for line in Docstring(text, SETTINGS).lines():
+                yield f"   {line}".rstrip()
+            yield ""
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+class CommandLine(Generated):
+    """The help text of a command of core, and of what is below it; of the root, only its own."""
+
+    def lines(self, argument: str) -> Iterator[str]:
+        """Yield the help texts as a terminal shows them."""
+        for text in help_texts(argument.split()):
+            yield ".. code-block:: text"
+            yield ""
+            for line in text.splitlines():
+                yield f"   {line}".rstrip()
+            yield ""
+
+
+def help_texts(path: list[str]) -> Iterator[str]:
+    """Yield what ``bittern ... --help`` says, without any plugin's commands."""
+    command: click.Command = core_commands()
+    context = _context(command, None, path[0])
+    for name in path[1:]:
+        assert isinstance(command, click.Group), f"{command.name} is no group"
+        found = command.get_command(context, name)
+        assert found is not None, f"there is no command {' '.join(path)}"
+        command, context = found, _context(found, context, name)
+    yield command.get_help(context)
+    if isinstance(command, click.Group) and len(path) > 1:
+        for name in command.list_commands(context):
+            below = command.get_command(context, name)
+            assert below is not None
+            yield below.get_help(_context(below, context, name))
+
+
+def _context(command: click.Command, parent: click.Context | None, name: str) -> click.Context:
+    return click.Context(
+        command, parent=parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH
+    )
+
+
+def core_commands() -> click.Group:
+    """Return the root group with core's commands only."""
+    from bittern.cli.main import make_cli
+
+    root = make_cli()
+    root._collected = True  # plugins are not asked
+    return root
+
+
+# --- the conformance kit --------------------------------------------------------------------------
+
+
+class Conformance(Generated):
+    """A conformance class: its docstring, and what each of its tests protects users from."""
+
+    def lines(self, argument: str) -> Iterator[str]:
+        """Yield the class and a table of its tests."""
+        cls = getattr(import_module("bittern.testing"), argument)
+        yield f".. autoclass:: bittern.testing.{argument}"
+        yield "   :no-index-entry:"
+        yield ""
+        yield ".. list-table::"
+        yield "   :header-rows: 1"
+        yield "   :widths: 45 55"
+        yield "   :class: tests"
+        yield ""
+        yield "   * - test"
+        yield "     - protects"
+        for name, text in standard_tests(cls).items():
+            yield f"   * - ``{name}``"
+            yield f"     - {text}"
+        yield ""
+
+
+def standard_tests(cls: type) -> dict[str, str]:
+    """Return the tests of a conformance class, its bases' first, and what they protect from."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for name, function in vars(base).items():
+            if name.startswith("test_") and inspect.isfunction(function):
+                text = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+                found[name] = text.removeprefix("Protects ")
+    return found
+
+
+# --- cross references -----------------------------------------------------------------------------
+
+
+def resolve(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
+) -> nodes.reference | None:
+    """Find an object by its last name.
+
+    Annotations name it where it is defined, pages document it where users import it from.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    objects = env.domains.python_domain.objects
+    last = str(node["reftarget"]).rpartition(".")[2]
+    matches = [name for name in objects if name.rpartition(".")[2] == last]
+    if len(matches) != 1:
+        return None
+    found = objects[matches[0]]
+    return make_refnode(
+        app.builder, node["refdoc"], found.docname, found.node_id, content, matches[0]
+    )
+
+
+def badge(
+    name: str, rawtext: str, text: str, lineno: int, inliner: Any, *_: Any
+) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+    """Return a small label: ``:bdg:`first answer```."""
+    return [nodes.inline(rawtext, text, classes=["badge"])], []
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the directives."""
+    app.add_directive("bittern-hooks", Hooks)
+    app.add_directive("bittern-cli", CommandLine)
+    app.add_directive("bittern-conformance", Conformance)
+    app.add_role("bdg", badge)
+    for kind in PyObject.doc_field_types:
+        if kind.name == "variable":
+            kind.label = "Attributes"
+    app.connect("autodoc-process-signature", shorten)
+    app.connect("autodoc-process-docstring", translate)
+    app.connect("missing-reference", resolve)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
