@@ -2,6 +2,7 @@
 #   make demo    quantize, export and reload the model that ships with the project
 #   make test    all tests of the default run
 #   make lint    ruff, mypy --strict, import-linter
+#   make docs    the documentation, as docs/_build/html/index.html; a warning is an error
 #   make bench   benchmarks (prints tables; asserts nothing)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 # Test workers share the cores: one math thread each, as many workers as cores.
 WORKERS ?= auto
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(READY)
 	$(BIN)/bittern demo
@@ -26,6 +27,10 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
 bench: $(READY)
 	for script in startup conversion calibration fake_quantize; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
@@ -33,8 +38,8 @@ $(READY): pyproject.toml constraints.txt $(PLUGINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
-		-e '.[test,lint]' -e 'plugins/huggingface[target,data]' -e plugins/kernels
+		-e '.[test,lint,docs]' -e 'plugins/huggingface[target,data]' -e plugins/kernels
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
