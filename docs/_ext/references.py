@@ -138,9 +138,8 @@ def help_texts(path: list[str]) -> Iterator[str]:
 
 
 def _context(command: click.Command, parent: click.Context | None, name: str) -> click.Context:
-    return click.Context(
-        command, parent=parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH
-    )
+    settings = {"terminal_width": WIDTH, "max_content_width": WIDTH, **command.context_settings}
+    return click.Context(command, parent=parent, info_name=name, **settings)
 
 
 def core_commands() -> click.Group:
