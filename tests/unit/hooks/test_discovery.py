@@ -158,7 +158,7 @@ def test_the_version_of_core_is_that_of_the_code_not_of_its_metadata(
     install: Install, manager: Manager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The metadata of an editable install stay at the version it was installed with."""
-    monkeypatch.setattr("bittern.hooks.discovery.__version__", "99.5")
+    monkeypatch.setattr("bittern.hooks.compat.__version__", "99.5")
     install("alpha", requires=("bittern>=99",))
 
     assert record_of(manager(), "alpha").status is Status.LOADED

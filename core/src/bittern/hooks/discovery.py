@@ -1,38 +1,36 @@
-"""Finds installed plugins and checks what they need, without importing them.
+"""Finds installed plugins, without importing them.
 
 pluggy's own ``load_setuptools_entrypoints`` stops at the first broken plugin, drops a second one of
-the same name in silence, and loads in the order of the file system; hence this file.
+the same name in silence, and loads in the order of the file system; hence this file. Nor does it go
+through ``importlib.metadata.entry_points()``, which one unreadable distribution, be it anybody's,
+makes raise.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
-
-from bittern._version import __version__
 
 __all__ = [
     "GROUP",
     "PluginOptions",
     "PluginRecord",
     "Status",
-    "check_probes",
-    "check_requirements",
     "discover",
     "mark_duplicates",
 ]
 
 GROUP = "bittern.plugins"
 CORE = "bittern"
+MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 class Status(StrEnum):
@@ -59,12 +57,13 @@ class PluginRecord:
         version: Distribution version, ``""`` for an unpackaged plugin.
         entry: ``"package.hooks"``, the module that holds the hook implementations.
         status: What became of it.
-        reason: Why, in words, where the status is not ``loaded``.
+        reason: Why, in words, where the status is not ``loaded``, or where nothing was registered.
         remedy: The command that mends it, where one is known.
         traceback: The traceback of a failed import.
         milliseconds: Time its import and registration took.
         hooks: Names of the hooks it implements.
         requirements: Requirement strings of its ``target`` extra.
+        core: Requirement strings of its dependency on bittern.
     """
 
     name: str
@@ -77,7 +76,8 @@ class PluginRecord:
     traceback: str = ""
     milliseconds: float = 0.0
     hooks: tuple[str, ...] = ()
-    requirements: tuple[str, ...] = field(default=())
+    requirements: tuple[str, ...] = ()
+    core: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -161,51 +161,127 @@ def discover() -> list[PluginRecord]:
     """Return the installed plugins, sorted by name.
 
     A distribution that ``importlib.metadata`` shows twice (an editable install's egg-info beside
-    its dist-info) is one plugin.
+    its dist-info) is one plugin. One whose metadata cannot be read is a failed plugin.
     """
     found: dict[tuple[str, str], PluginRecord] = {}
-    for entry in importlib.metadata.entry_points(group=GROUP):
-        dist = entry.dist
-        record = PluginRecord(
-            name=entry.name,
-            distribution=(dist.name if dist is not None else None) or entry.value,
-            version=(dist.version if dist is not None else None) or "",
-            entry=entry.value,
-            requirements=_target_requirements(dist.requires if dist is not None else None),
-        )
-        found.setdefault((canonicalize_name(record.distribution), record.name), record)
+    for dist in importlib.metadata.distributions():
+        for record in _plugins_of(dist):
+            found.setdefault((canonicalize_name(record.distribution), record.name), record)
     return sorted(found.values(), key=lambda r: (r.name, r.distribution))
 
 
+def _plugins_of(dist: importlib.metadata.Distribution) -> list[PluginRecord]:
+    try:
+        text = dist.read_text("entry_points.txt") or ""
+    except (OSError, UnicodeDecodeError):
+        return []  # nothing in it says that it is a plugin
+    if GROUP not in text:
+        return []
+    name, version = _folder_name(dist)
+    try:
+        name, version = dist.name or name, dist.version or version
+        requires = list(dist.requires or ())
+        entries = [entry for entry in dist.entry_points if entry.group == GROUP]
+    except Exception as error:  # the parsers of the standard library raise anything
+        reason = f"its metadata cannot be read: {type(error).__name__}: {error}"
+        remedy = f"pip install --force-reinstall {name}"
+        return [
+            PluginRecord(
+                name=name,
+                distribution=name,
+                version=version,
+                entry="",
+                status=Status.FAILED,
+                reason=reason,
+                remedy=remedy,
+            )
+        ]
+    return [
+        _named_badly(
+            PluginRecord(
+                name=entry.name,
+                distribution=name or entry.value,
+                version=version,
+                entry=entry.value.partition("[")[0].strip(),
+                requirements=_target_requirements(requires),
+                core=_core_requirements(requires),
+            )
+        )
+        for entry in entries
+    ]
+
+
+def _folder_name(dist: importlib.metadata.Distribution) -> tuple[str, str]:
+    """Return name and version as the name of the metadata folder has them."""
+    stem = Path(str(getattr(dist, "_path", ""))).stem
+    name, _, version = stem.partition("-")
+    return name.replace("_", "-"), version
+
+
+def _named_badly(record: PluginRecord) -> PluginRecord:
+    """Return ``record`` as failed if its entry point names no module."""
+    if MODULE.fullmatch(record.entry):
+        return record
+    return replace(
+        record,
+        status=Status.FAILED,
+        reason=f'the entry point must name a module, as in {record.name} = "package.hooks", '
+        f"and it names {record.entry!r}",
+    )
+
+
 def mark_duplicates(records: Iterable[PluginRecord]) -> list[PluginRecord]:
-    """Return the records sorted by name; of those to be loaded, one per name stays so."""
+    """Return the records sorted by name; of those to be loaded, one per name and module stays."""
     marked: list[PluginRecord] = []
-    first: dict[str, PluginRecord] = {}
+    names: dict[str, PluginRecord] = {}
+    modules: dict[str, PluginRecord] = {}
     for record in sorted(records, key=lambda r: (r.name, r.distribution)):
         if record.status is not Status.FOUND:
             marked.append(record)
             continue
-        taken = first.setdefault(record.name, record)
-        if taken is record:
+        taken, what = names.get(record.name), f"has the name {record.name!r}"
+        if taken is None:
+            taken, what = modules.get(record.entry), f"names the module {record.entry}"
+        if taken is None:
+            names[record.name] = modules[record.entry] = record
             marked.append(record)
             continue
         duplicate = replace(
             record,
             status=Status.DUPLICATE,
-            reason=f"{taken.label} has the name {record.name!r} too and was taken",
+            reason=f"{taken.label} {what} too and was taken",
             remedy=f"pip uninstall {record.distribution}, or block {taken.distribution}",
         )
         marked.append(duplicate)
     return marked
 
 
-def _target_requirements(requires: Iterable[str] | None) -> tuple[str, ...]:
+def _parsed(requires: Iterable[str]) -> list[Requirement]:
+    """Return the requirements that can be read; pip complains about the others."""
     found = []
-    for text in requires or ():
+    for text in requires:
         try:
-            requirement = Requirement(text)
+            found.append(Requirement(text))
         except InvalidRequirement:
             continue
+    return found
+
+
+def _core_requirements(requires: Iterable[str]) -> tuple[str, ...]:
+    found = []
+    for requirement in _parsed(requires):
+        marker = requirement.marker
+        if marker is not None and not marker.evaluate({"extra": ""}):
+            continue
+        if canonicalize_name(requirement.name) == CORE:
+            requirement.marker = None
+            found.append(str(requirement))
+    return tuple(found)
+
+
+def _target_requirements(requires: Iterable[str]) -> tuple[str, ...]:
+    found = []
+    for requirement in _parsed(requires):
         marker = requirement.marker
         if marker is None or "extra" not in str(marker):
             continue
@@ -213,83 +289,3 @@ def _target_requirements(requires: Iterable[str] | None) -> tuple[str, ...]:
             requirement.marker = None
             found.append(str(requirement))
     return tuple(found)
-
-
-def check_requirements(record: PluginRecord) -> PluginRecord:
-    """Return ``record`` with a status if the core or the target framework does not fit."""
-    try:
-        requires = importlib.metadata.requires(record.distribution) or []
-    except importlib.metadata.PackageNotFoundError:
-        return record
-    for text in requires:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            continue
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        if canonicalize_name(requirement.name) == CORE and not _satisfied(requirement):
-            return replace(
-                record,
-                status=Status.CORE_INCOMPATIBLE,
-                reason=f"needs {requirement}, but {CORE} {_version(CORE)} is installed",
-                remedy=f"pip install -U {CORE} {record.distribution}",
-            )
-    for text in record.requirements:
-        requirement = Requirement(text)
-        installed = _version(requirement.name)
-        if installed is None:
-            return replace(
-                record,
-                status=Status.TARGET_MISSING,
-                reason=f"needs {requirement}, which is not installed",
-                remedy=f"pip install '{record.distribution}[target]'",
-            )
-        if not _satisfied(requirement):
-            return replace(
-                record,
-                status=Status.TARGET_INCOMPATIBLE,
-                reason=f"needs {requirement}, but {installed} is installed",
-                remedy=f"pip install '{record.distribution}[target]'",
-            )
-    return record
-
-
-def check_probes(record: PluginRecord, modules: Iterable[str]) -> PluginRecord:
-    """Return ``record`` with status ``target-missing`` if one of ``modules`` cannot be imported.
-
-    For frameworks that PyPI does not have under their own name (APEX), a plugin's hooks module
-    names the import to look for: ``target_modules = ("apex.fused_dense",)``.
-    """
-    for module in modules:
-        try:
-            spec = importlib.util.find_spec(module)
-        except (ImportError, ValueError):
-            spec = None
-        if spec is None:
-            return replace(
-                record,
-                status=Status.TARGET_MISSING,
-                reason=f"the module {module} cannot be imported",
-                remedy=f"install the framework that provides {module}",
-            )
-    return record
-
-
-def _version(name: str) -> str | None:
-    if canonicalize_name(name) == CORE:
-        return __version__  # what runs, whatever metadata an editable install left behind
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _satisfied(requirement: Requirement) -> bool:
-    installed = _version(requirement.name)
-    if installed is None:
-        return False
-    try:
-        return requirement.specifier.contains(Version(installed), prereleases=True)
-    except InvalidVersion:
-        return True

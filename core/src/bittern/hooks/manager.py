@@ -20,12 +20,11 @@ import pluggy
 from bittern.errors import BitternError, PluginError
 from bittern.hooks import specs
 from bittern.hooks.attribution import attribute
+from bittern.hooks.compat import check_probes, check_requirements
 from bittern.hooks.discovery import (
     PluginOptions,
     PluginRecord,
     Status,
-    check_probes,
-    check_requirements,
     discover,
     mark_duplicates,
 )
@@ -166,7 +165,10 @@ class PluginManager:
                 reason=f"this version of bittern has no hook {', '.join(sorted(unknown))}",
                 remedy="pip install -U bittern",
             )
-        return replace(record, status=Status.LOADED, hooks=tuple(sorted(names)))
+        silent = (
+            "" if names else f"{record.entry} has no function decorated with bittern.hooks.hookimpl"
+        )
+        return replace(record, status=Status.LOADED, hooks=tuple(sorted(names)), reason=silent)
 
     def _trace(self, module: ModuleType, caller: Any, name: str) -> None:
         """Show the calls of a module's implementations, if the options say so."""

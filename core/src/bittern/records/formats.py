@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bittern.records.checks import check_import_strings
 from bittern.records.granularity import Granularity, PerTensor
 
 __all__ = ["NumberFormat", "QuantizerSpec"]
@@ -38,6 +39,9 @@ class NumberFormat:
     weight_granularity: Granularity = PER_TENSOR
     input_granularity: Granularity = PER_TENSOR
     description: str = ""
+
+    def __post_init__(self) -> None:
+        check_import_strings(self, "codec")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bittern.records.checks import check_import_strings, check_items, check_priority
+
 __all__ = ["LeafRule", "ModuleRule", "OpRule", "Slot", "SymInfoFactory", "SymbolRule"]
 
 SymInfoFactory = Callable[[Any], Any]
@@ -53,6 +55,11 @@ class ModuleRule:
     priority: int = 0
     predicate: Callable[[Any], bool] | None = None
 
+    def __post_init__(self) -> None:
+        check_import_strings(self, "target", "quantized")
+        check_items(self, "slots", Slot)
+        check_priority(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SymbolRule:
@@ -69,6 +76,10 @@ class SymbolRule:
     symbols: str
     subclass_forward: bool = False
     priority: int = 0
+
+    def __post_init__(self) -> None:
+        check_import_strings(self, "target", "symbols")
+        check_priority(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +98,10 @@ class LeafRule:
     subclass_forward: bool = False
     priority: int = 0
 
+    def __post_init__(self) -> None:
+        check_import_strings(self, "target")
+        check_priority(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpRule:
@@ -103,3 +118,7 @@ class OpRule:
     flow: str
     options: Mapping[str, object] = field(default_factory=dict)
     priority: int = 0
+
+    def __post_init__(self) -> None:
+        check_import_strings(self, "flow")
+        check_priority(self)

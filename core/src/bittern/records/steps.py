@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bittern.records.checks import check_import_strings, check_priority
+
 __all__ = ["Algorithm", "Exporter", "KernelRule", "Mode", "RecipeSource"]
 
 
@@ -26,6 +28,9 @@ class Algorithm:
     needs: frozenset[str] = frozenset()
     description: str = ""
 
+    def __post_init__(self) -> None:
+        check_import_strings(self, "run")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
@@ -42,6 +47,9 @@ class Mode:
     convert: str
     restore: str
     next_modes: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_import_strings(self, "convert", "restore")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,10 @@ class Exporter:
     accepts: str | None = None
     description: str = ""
 
+    def __post_init__(self) -> None:
+        check_import_strings(self, "write", "verify", "check", "accepts")
+        check_priority(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRule:
@@ -95,6 +107,10 @@ class KernelRule:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     capability: tuple[int, int] | None = None
     priority: int = 0
+
+    def __post_init__(self) -> None:
+        check_import_strings(self, "impl")
+        check_priority(self)
 
 
 @dataclass(frozen=True, kw_only=True)
