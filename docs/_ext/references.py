@@ -162,6 +162,7 @@ class Conformance(Generated):
         cls = getattr(import_module("bittern.testing"), argument)
         yield f".. autoclass:: bittern.testing.{argument}"
         yield "   :no-index-entry:"
+        yield f"   :members: {', '.join(_overridable(cls))}"
         yield ""
         yield ".. list-table::"
         yield "   :header-rows: 1"
@@ -174,6 +175,15 @@ class Conformance(Generated):
             yield f"   * - ``{name}``"
             yield f"     - {text}"
         yield ""
+
+
+def _overridable(cls: type) -> list[str]:
+    """Return the methods that a class has for its subclasses, beside its cases."""
+    return [
+        name
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value) and not name.startswith(("_", "test_")) and name != "cases"
+    ]
 
 
 def standard_tests(cls: type) -> dict[str, str]:

@@ -16,6 +16,7 @@ import importlib
 import io
 import os
 import re
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -133,6 +134,17 @@ class Session:
         importlib.invalidate_caches()
         _fresh_toolkit()
 
+    def pytest(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the page's tests as its reader does."""
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(self.paths)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
 
 def _fresh_toolkit() -> None:
     from bittern.toolkit import default_toolkit
@@ -152,10 +164,11 @@ def _pages() -> Iterator[Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give ``page`` every page, ``python_page`` those with Python in them."""
+    """Give ``page`` every page, ``python_page`` those with Python, ``tested_page`` with tests."""
     chosen = {
         "page": lambda page: True,
         "python_page": lambda page: any(b.language == "python" for b in blocks_of(page)),
+        "tested_page": lambda page: any("test_" in (b.file or "") for b in blocks_of(page)),
     }
     for name, wanted in chosen.items():
         if name in metafunc.fixturenames:

@@ -1,10 +1,7 @@
-"""The tutorial for plugin authors: short, right, and its test suite notices a mistake."""
+"""The tutorial for plugin authors: it is short, and its test suite notices a mistake."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,29 +21,10 @@ def plugin(root: Path, tmp_path: Path, open_page: Callable[[Path], Any]) -> Any:
     return session
 
 
-def pytest_in(session: Any, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run ``pytest tests`` as the reader does."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests", *arguments],
-        cwd=session.folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(session.paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_it_is_40_lines(root: Path, read_blocks: Callable[[Path], Any]) -> None:
     files = {b.file: b.text for b in read_blocks(root / PAGE) if b.file}
     code = [files["src/bittern_egret/hooks.py"], files[QUANTIZED]]
     assert 35 <= sum(len(text.splitlines()) for text in code) <= 40
-
-
-def test_the_plugin_passes_the_conformance_kit(plugin: Any) -> None:
-    done = pytest_in(plugin)
-    assert done.returncode == 0, done.stdout
-    count = int(done.stdout.rpartition("\n")[0].splitlines()[-1].split()[0])
-    assert count > 35
 
 
 def test_the_kit_notices_a_forgotten_bias(plugin: Any) -> None:
@@ -56,7 +34,7 @@ def test_the_kit_notices_a_forgotten_bias(plugin: Any) -> None:
     assert " + self.bias" in source
     file.write_text(source.replace(" + self.bias", ""), encoding="utf-8")
 
-    done = pytest_in(plugin, "-k", "computes_the_original or gradients_reach")
+    done = plugin.pytest("-k", "computes_the_original or gradients_reach")
 
     assert done.returncode == 1, done.stdout + done.stderr
     assert "test_gradients_reach_weights_and_inputs" in done.stdout

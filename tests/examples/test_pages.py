@@ -31,6 +31,16 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(
         session.run()
 
 
+def test_the_plugin_of_a_page_passes_the_conformance_kit(
+    tested_page: Path, open_page: Callable[[Path], Any]
+) -> None:
+    with open_page(tested_page) as session:
+        session.run()
+    done = session.pytest()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.splitlines()[-1].split()[0]) > 10
+
+
 def _lay_out_the_readme(root: Path, folder: Path) -> None:
     """Put a model and texts where the README's code looks for them."""
     if importlib.util.find_spec("transformers") is None:
