@@ -224,7 +224,7 @@ def recurrent_symbols(module: nn.RNNBase) -> SymInfo:
     else:
         symbols["hidden_size"] = outgoing
     state.link_to(outgoing)
-    return SymInfo(is_shape_preserving=False, kept_dims="other", **symbols)
+    return SymInfo(is_shape_preserving=False, kept_dims="other", returns_tuple=True, **symbols)
 
 
 def attention_symbols(module: nn.MultiheadAttention) -> SymInfo:
@@ -259,7 +259,14 @@ def attention_symbols(module: nn.MultiheadAttention) -> SymInfo:
     )
     for symbol in (key, value, outgoing) if same else (outgoing,):
         symbol.link_to(embed)
-    return SymInfo(kept_dims="other", embed_dim=embed, kdim=key, vdim=value, out_dim=outgoing)
+    return SymInfo(
+        kept_dims="other",
+        returns_tuple=True,
+        embed_dim=embed,
+        kdim=key,
+        vdim=value,
+        out_dim=outgoing,
+    )
 
 
 def sequential_symbols(module: nn.Sequential) -> SymInfo:

@@ -54,6 +54,8 @@ class Symbol:
             a recurrent layer).
         tensors: Parameter or buffer name to the dimensions that it is; a dimension that is ``k``
             times as long holds ``k`` blocks of it (the gates of a recurrent layer).
+        priority: Of several symbols that are tied, the one with the highest leads the others; then
+            the one that runs first.
     """
 
     class CLType(Enum):
@@ -74,7 +76,9 @@ class Symbol:
         argument: int = 0,
         repeats: int = 1,
         tensors: Mapping[str, int | tuple[int, ...]] | None = None,
+        priority: int = 0,
     ) -> None:
+        self.priority = priority
         self.cl_type = cl_type
         self.elastic_dims = frozenset(elastic_dims)
         if self.is_cross_layer != bool(self.elastic_dims):
@@ -129,7 +133,7 @@ class Symbol:
         """Follow ``parent`` from now on; the parent's constraints include this symbol's.
 
         Raises:
-            ValueError: This symbol is constant or follows another already, or the parent follows it.
+            ValueError: This symbol is constant or follows another already, or is its root.
         """
         if self._parent is not None or self.is_constant or self._parts:
             raise ValueError(f"{self} is bound and cannot be linked")
@@ -204,6 +208,11 @@ class Symbol:
         return (self.leaves[0]._reason or "") if self.is_constant else ""
 
     @property
+    def is_declared_searchable(self) -> bool:
+        """Whether it may take another value as far as its module is concerned."""
+        return self._searchable
+
+    @property
     def is_incoming(self) -> bool:
         """Whether the incoming tensor has it."""
         return self.cl_type is Symbol.CLType.INCOMING
@@ -269,6 +278,7 @@ class SymInfo:
         is_shape_preserving: Whether the output has the shape of the input.
         kept_dims: Which dimensions beside the symbols' own the output takes over from the first
             argument: ``"leading"`` the ones in front of them, ``"other"`` all, ``"none"``.
+        returns_tuple: Whether the output is a tuple; its first element is meant then.
         symbols: The symbols by name; the name is the module's attribute where there is one.
     """
 
@@ -277,21 +287,32 @@ class SymInfo:
         is_shape_preserving: bool = False,
         *,
         kept_dims: Literal["none", "leading", "other"] = "none",
+        returns_tuple: bool = False,
         **symbols: Symbol,
     ) -> None:
         self.is_shape_preserving = is_shape_preserving
         self.kept_dims = kept_dims
+        self.returns_tuple = returns_tuple
         self.symbols: dict[str, Symbol] = symbols
+        self.twins: dict[Symbol, Symbol] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Symbol]]:
         return iter(self.symbols.items())
 
-    def fill_sizes(self, module: Any) -> None:
-        """Read the sizes that were left out from the attributes of ``module``."""
+    def bind(self, module: Any) -> None:
+        """Read the sizes that were left out from ``module``; note which output follows an input."""
         for name, symbol in self:
             value = getattr(module, name, None)
             if symbol.size is None and isinstance(value, int):
                 symbol.size = value
+        incoming = [symbol for _, symbol in self if symbol.is_incoming]
+        self.twins = {
+            out: symbol
+            for _, out in self
+            if out.is_outgoing and out.is_dynamic
+            for symbol in incoming
+            if out.root is symbol.root
+        }
 
     def __repr__(self) -> str:
         symbols = ", ".join(f"{name}={symbol}" for name, symbol in self)

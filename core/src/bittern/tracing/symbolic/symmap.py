@@ -96,9 +96,9 @@ class SymMap:
         """Return what is known about a module, or ``None``."""
         return self._infos.get(module)
 
-    def name(self, module: nn.Module) -> str:
-        """Return the dotted path of a module."""
-        return self._names[module]
+    def name_of(self, module: nn.Module) -> str:
+        """Return the dotted path of a module; empty for the model itself."""
+        return self._names.get(module, "")
 
     def is_shape_preserving(self, module: nn.Module) -> bool:
         """Return whether the module's output has the shape of its input."""
@@ -107,7 +107,7 @@ class SymMap:
 
     def add_sym_info(self, module: nn.Module, info: SymInfo) -> None:
         """Say which symbols a module has; replaces what was known."""
-        info.fill_sizes(module)
+        info.bind(module)
         self._infos[module] = info
 
     def pop(self, module: nn.Module) -> dict[str, Symbol]:

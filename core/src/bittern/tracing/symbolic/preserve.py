@@ -1,0 +1,69 @@
+"""Tracing runs the user's ``forward``; this leaves the model as it was before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["unchanged"]
+
+_CONTAINERS = (dict, list, set)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put the attributes of all modules back afterwards, and the random state.
+
+    A ``forward`` that remembers something would otherwise leave torch.fx proxies in the model.
+    Attributes, and the containers among them, are restored; tensors are not copied.
+    """
+    kept: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        # The containers of parameters, buffers, modules and hooks are among these.
+        contents = [(v, v.copy()) for v in attributes.values() if v and _is_container(v)]
+        empty = [(v, None) for v in attributes.values() if not v and _is_container(v)]
+        kept.append((module, attributes, contents + empty))
+    random_state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(random_state)
+        for module, attributes, containers in kept:
+            _restore(module.__dict__, attributes)
+            for container, content in containers:
+                if content is None:
+                    container.clear()
+                else:
+                    _restore(container, content)
+
+
+def _is_container(value: object) -> bool:
+    return isinstance(value, _CONTAINERS)
+
+
+def _restore(container: Any, content: Any) -> None:
+    """Give ``container`` the ``content`` again, element by element the same objects."""
+    if isinstance(container, dict):
+        same = len(container) == len(content) and all(
+            key in container and container[key] is value for key, value in content.items()
+        )
+    elif isinstance(container, list):
+        same = len(container) == len(content) and all(map(_is, container, content))
+    else:
+        same = container == content
+    if same:
+        return
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+def _is(left: object, right: object) -> bool:
+    return left is right
