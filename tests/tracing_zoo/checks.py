@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tracing_zoo.entry import Entry
 from tracing_zoo.groups import missing, shapes_of
@@ -22,10 +22,11 @@ WRONG = (RuntimeError, ValueError, AssertionError, IndexError, AttributeError, T
 
 
 class Traced:
-    """A model of the zoo with its trace.
+    """A model of the zoo with the trace of its twin in float32, as users trace it.
 
     Attributes:
-        subject: The model, its calls and outputs; the outputs are older than the trace.
+        subject: The model, its calls and outputs, in float64.
+        untouched: Whether the trace left the twin as it was.
         trace: What is to be judged.
         removals: How removals were judged: ``equal``, or why they could not be.
     """
@@ -33,9 +34,10 @@ class Traced:
     def __init__(self, entry: Entry, tracer: Callable[[nn.Module, Mapping[str, Any]], Any]) -> None:
         example = entry.make()
         self.subject = Subject(example.model, example.inputs, example.others)
-        before = _state(example.model)
-        self.trace = tracer(example.model, example.inputs)
-        self.untouched = before == _state(example.model)
+        twin = entry.make().model.float()
+        before = _state(twin)
+        self.trace = tracer(twin, {name: _narrow(x) for name, x in example.inputs.items()})
+        self.untouched = before == _state(twin)
         self.removals: Counter[str] = Counter()
 
 
@@ -129,6 +131,10 @@ def _arrow(producer: str, consumers: Any) -> str:
 
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _narrow(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def randomize(model: nn.Module, generator: Generator, *, fresh: tuple[str, ...] 
         if name.endswith("running_mean"):
             buffer.copy_(0.3 * noise(buffer))
         elif name.endswith("running_var"):
-            buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))
+            # Small, so that what comes in is not lost on the way through many layers.
+            uniform = torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype)
+            buffer.copy_(0.05 + 0.1 * uniform)
 
 
 def image(size: int = 8, channels: int = 3, name: str = "x") -> Inputs:

@@ -3,7 +3,8 @@
 Classes of torch know their sizes from their tensors. Any other module that owns a member, or has
 one below it, is searched for integers that were sizes of what has been cut: the size of a cut
 dimension, the number of coordinates, a number of heads. This needs models whose sizes differ from
-each other, which the zoo takes care of; it is no way to prune a model of real life.
+each other, which the zoo takes care of; it is no way to prune a model of real life. Where two sizes
+must be equal (a hidden size made up of heads), the numbers may have to stay as they are.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ WIDTH = re.compile(rf"{HEAD_WIDTH.pattern}|(hidden|head)_size|embed|width|_dim$"
 
 
 class Cut:
-    """A copy of a model without some coordinates of a group, or of several groups of one size.
+    """A copy of a model without some coordinates of a group, or of several groups by one part.
 
     Attributes:
         model: The copy.
         kept: For every tensor name, the rows that are left of each dimension that was cut.
     """
 
-    def __init__(self, model: nn.Module, cuts: Sequence[tuple[GroupLike, Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, cuts: Sequence[tuple[GroupLike, Tensor]], *, numbers: bool = True
+    ) -> None:
         self.model = unpack(copy.deepcopy(model))
         group, coordinates = cuts[0]
         self.before, self.after = group.size, group.size - len(coordinates)
@@ -45,7 +48,9 @@ class Cut:
         self._sizes = self._cut(parts)
         names = [name for part, _ in parts for name in part.names]
         for path in _paths(self.model, names):
-            self._follow(path, self.model.get_submodule(path))
+            module = self.model.get_submodule(path)
+            if not _follow_tensors(module, self.kept, path) and numbers:
+                self._follow(module)
 
     def _cut(self, parts: list[tuple[Part, Tensor]]) -> dict[int, int]:
         """Cut every tensor once, whatever the number of its dimensions and slices in the groups."""
@@ -67,9 +72,7 @@ class Cut:
                 self.kept[path] = rows
         return sizes
 
-    def _follow(self, path: str, module: nn.Module) -> None:
-        if _follow_tensors(module, self.kept, path):
-            return
+    def _follow(self, module: nn.Module) -> None:
         self._follow_numbers(module)
         config = getattr(module, "config", None)
         if config is not None:
@@ -93,7 +96,8 @@ class Cut:
                 setattr(owner, name, new)
 
     def _number(self, name: str, value: int, *, counts: bool) -> int:
-        if counts and COUNT.search(name) and not WIDTH.search(name) and value % self.before == 0:
+        counted = counts and COUNT.search(name) and not WIDTH.search(name)
+        if value % self.before == 0 and (counted or HEAD_WIDTH.search(name)):
             return value * self.after // self.before
         if value == self.before:
             return self.after

@@ -94,7 +94,17 @@ class Sharp(TorchFunctionMode):
             func = Tensor.double
         elif func is F.scaled_dot_product_attention and options.get("scale") is None:
             options["scale"] = self._tape.scale(args[0] if args else options["query"])
+        elif func in {F.grouped_mm, torch._grouped_mm}:
+            func = _grouped_mm
         return func(*(_wide(a) for a in args), **options)
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, *, offs: Tensor, **_: Any) -> Tensor:
+    """Multiply as torch's function does, but in float64: expert e has the rows up to offs[e]."""
+    rows = x.tensor_split(offs.tolist())
+    # What is behind the last expert belongs to none.
+    known = [r @ w for r, w in zip(rows, weight, strict=False)]
+    return torch.cat([*known, x.new_zeros(len(rows[-1]), weight.shape[-1])])
 
 
 def _wide(value: Any) -> Any:

@@ -17,10 +17,12 @@ from torch import Generator, Tensor, nn
 
 from tracing_zoo.attention import unpack
 from tracing_zoo.following import HEAD_WIDTH, Cut
-from tracing_zoo.physics import GroupLike, Subject, Tape, distance, parts_of, run
+from tracing_zoo.physics import SAME, GroupLike, Subject, Tape, distance, parts_of, run
 
 __all__ = ["Removal", "remove"]
 
+# What a model may raise when its shapes do not fit.
+WRONG = (RuntimeError, ValueError, AssertionError, IndexError, TypeError)
 CHANNELS_FIRST = (nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -64,28 +66,50 @@ def remove(
     """Remove half of a group and compare with the whole model whose channels are zero.
 
     Some classes want two groups of one size, although nothing couples them: keys as wide as values,
-    one direction of a recurrence as wide as the other. If nothing runs with one group cut, those of
-    its size in the same modules (taken from ``among``) are cut too. If there is none, and the group
-    is as large as a head is wide, then the class alone stands in the way.
+    one direction of a recurrence as wide as the other. If nothing runs with one group cut, those in
+    the same modules that are as large (taken from ``among``) are cut too. If there is none, and the
+    group is as large as a head is wide, then the class alone stands in the way.
 
     Raises:
         Exception: Whatever the smaller model raises, if its shapes do not fit.
     """
     try:
-        return _remove(subject, [group], seed)
-    except (RuntimeError, ValueError, AssertionError, IndexError):
-        others = [g for g in among if _is_sibling(g, group)]
-        if others:
-            return _remove(subject, [group, *others], seed)
-        if group.size in _head_widths(subject.model, group):
+        return _best(subject, [group], seed)
+    except WRONG:
+        widths = _head_widths(subject.model, group)
+        groups = _with_siblings(group, among, widths)
+        if len(groups) > 1:
+            return _best(subject, groups, seed)
+        if any(width % group.size == 0 for width in widths):
             return Removal(None, ("keys and values have one head width",))
         raise
 
 
-def _remove(subject: Subject, groups: Sequence[GroupLike], seed: int) -> Removal:
+def _best(subject: Subject, groups: Sequence[GroupLike], seed: int) -> Removal:
+    """Try with and without changed numbers: which one belongs to this group, only running shows."""
+    found: list[Removal] = []
+    failures: list[Exception] = []
+    for numbers in (True, False):
+        try:
+            found.append(_remove(subject, groups, seed, numbers=numbers))
+        except WRONG as error:
+            failures.append(error)
+        else:
+            if found[-1].error is None or found[-1].error < SAME:
+                return found[-1]
+    if not found:
+        raise failures[0]
+    return found[0]
+
+
+def _remove(subject: Subject, groups: Sequence[GroupLike], seed: int, *, numbers: bool) -> Removal:
     generator = Generator().manual_seed(seed)
-    cuts = [(g, torch.randperm(g.size, generator=generator)[: g.size // 2]) for g in groups]
-    small = Cut(subject.model, cuts)
+    unit = min(group.size for group in groups)
+    cuts = [
+        (g, torch.randperm(g.size, generator=generator)[: unit // 2 * (g.size // unit)])
+        for g in groups
+    ]
+    small = Cut(subject.model, cuts, numbers=numbers)
     whole, without = _zeroed(subject.model, cuts, small)
     error = 0.0
     for call, expected in zip(subject.calls, subject.outputs, strict=True):
@@ -118,10 +142,25 @@ def _zeroed(
     return whole, tuple(without)
 
 
-def _is_sibling(other: GroupLike, group: GroupLike) -> bool:
-    if other is group or other.size != group.size:
-        return False
-    return bool(_neighbourhood(other) & _neighbourhood(group))
+def _with_siblings(
+    group: GroupLike, among: Sequence[GroupLike], widths: set[int]
+) -> list[GroupLike]:
+    """Return a group and those that have to be as large, over however many steps.
+
+    A rotation has one angle for two coordinates of a head: such a group is half as large.
+    """
+    found, reached = [group], _neighbourhood(group)
+    grown = True
+    while grown:
+        grown = False
+        for other in among:
+            large, small = max(other.size, group.size), min(other.size, group.size)
+            fits = large == small or (large in widths and large % small == 0)
+            if fits and all(other is not g for g in found) and reached & _neighbourhood(other):
+                found.append(other)
+                reached |= _neighbourhood(other)
+                grown = True
+    return found
 
 
 def _neighbourhood(group: GroupLike) -> set[str]:

@@ -1,0 +1,10 @@
+"""Tiny models of transformers, from their configs: those the tracer is made for, and others."""
+
+from __future__ import annotations
+
+from transformers_zoo.decoders import DECODERS
+from transformers_zoo.others import OTHERS
+
+__all__ = ["ZOO"]
+
+ZOO = (*DECODERS, *OTHERS)
