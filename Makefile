@@ -28,7 +28,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 docs: $(READY)
-	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -E -a -W --keep-going -q -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
 
 bench: $(READY)
