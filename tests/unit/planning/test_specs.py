@@ -102,6 +102,7 @@ def test_a_formats_own_input_granularity_is_taken_when_the_recipe_says_none() ->
         name="mx",
         bits=8,
         codec="bittern.numerics.codec:IntCodec",
+        params={"bits": 8},
         input_granularity=PerGroup(32),
         weight_granularity=PerGroup(32),
     )

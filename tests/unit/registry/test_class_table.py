@@ -153,7 +153,8 @@ def test_a_refusal_says_why() -> None:
     assert isinstance(strict, NoMatch)
     assert strict.reason == (
         "Other overrides forward of Base, "
-        "and the rule of alpha 1.0 does not say that it still holds"
+        "and the rule of alpha 1.0 does not say that it still holds "
+        f"(a rule for {target_of(Other)}, or subclass_forward=True, would)"
     )
     assert declined == NoMatch("the rule of alpha 1.0 for Base declined it")
     assert nobody == NoMatch("")

@@ -16,7 +16,8 @@ from bittern.errors import CalibrationError, DataError
 from bittern.nn import named_quantizers
 from bittern.nn.observer import SharedInputs
 from bittern.records import CalibrationSummary, ModelAdapter, Plan
-from bittern.registry import Registry, resolve
+from bittern.registry import Registry
+from bittern.registry.targets import bound
 from bittern.runtime import SILENT, Data, Progress, call_forward, evaluating, length_of, prepare
 
 __all__ = ["run_calibration"]
@@ -74,7 +75,7 @@ def run_calibration(
             f"the recipe {plan.recipe!r} needs calibration data ({why}), and there is none",
             hint="give data (--data FILE), or use a recipe with dynamic activations",
         )
-    functions = [resolve(s.run, plugin=registry.algorithms.plugin(s.name)) for s, _ in steps]
+    functions = [bound(s.run, plugin=registry.algorithms.plugin(s.name)) for s, _ in steps]
     for function, (step, options) in zip(functions, steps, strict=True):
         _check_options(function, step.name, options)  # all of them before the first data pass
     with evaluating(model):

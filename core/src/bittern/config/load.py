@@ -66,7 +66,7 @@ def read_source(source: RecipeSource) -> dict[str, Any]:
     try:
         file = importlib.resources.files(source.package) / source.resource
         text = file.read_text(encoding="utf-8")
-    except (OSError, ImportError, UnicodeDecodeError) as error:
+    except (OSError, ImportError, TypeError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"the recipe {source.name!r} cannot be read: {error}", where=source.package
         ) from error

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from bittern.convert.signatures import check_forward
 from bittern.errors import PlanError
 from bittern.nn import (
     QuantModule,
@@ -35,7 +36,7 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
         registry: Gives the kernels.
 
     Raises:
-        PluginError: A rule's quantized class does not resolve.
+        PluginError: A rule's quantized class does not resolve, or takes other arguments.
         PlanError: The plan is for another model, or a quantized class is no QuantModule.
     """
     modules = dict(model.named_modules())
@@ -64,6 +65,7 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
                 where=path,
                 hint="derive it from bittern.nn.QuantModule",
             )
+        check_forward(found, own, plugin=plugins[path], where=path)
         classes[path] = found
     revert(model)
     kernels = registry.kernels

@@ -17,7 +17,8 @@ from bittern.exporting.packed import check_calibrated
 from bittern.exporting.probe import make_probe
 from bittern.exporting.record import ExportRecord, entry_dict
 from bittern.records import Exporter, ExportReport
-from bittern.registry import Registry, resolve
+from bittern.registry import Registry
+from bittern.registry.targets import bound
 
 __all__ = ["check_export", "choose_exporter", "run_export"]
 
@@ -50,7 +51,7 @@ def _accepts(exporter: Exporter, model: nn.Module, registry: Registry) -> bool:
     if exporter.accepts is None:
         return True
     plugin = registry.exporters.plugin(exporter.name)
-    return bool(resolve(exporter.accepts, plugin=plugin)(model))
+    return bool(bound(exporter.accepts, plugin=plugin)(model))
 
 
 def check_export(
@@ -63,7 +64,7 @@ def check_export(
     """
     if exporter.check is not None:
         plugin = registry.exporters.plugin(exporter.name)
-        resolve(exporter.check, plugin=plugin)(model, context)
+        bound(exporter.check, plugin=plugin)(model, context)
 
 
 def run_export(
@@ -93,7 +94,8 @@ def run_export(
     """
     check_calibrated(model)
     check_export(exporter, model, context, registry)
-    write = resolve(exporter.write, plugin=registry.exporters.plugin(exporter.name))
+    plugin = registry.exporters.plugin(exporter.name)
+    write = bound(exporter.write, plugin=plugin, returns=Written)
     with staged_directory(path) as stage:
         written: Written = write(model, stage, context)
         ExportRecord(

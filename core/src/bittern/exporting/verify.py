@@ -8,7 +8,8 @@ from pathlib import Path
 from bittern.errors import VerificationError
 from bittern.exporting.record import ExportRecord
 from bittern.records import Exporter, Verification
-from bittern.registry import Registry, resolve
+from bittern.registry import Registry
+from bittern.registry.targets import bound
 
 __all__ = ["run_verification"]
 
@@ -40,7 +41,8 @@ def run_verification(path: Path, registry: Registry, *, client: str | None = Non
         raise VerificationError(
             f"no client for the format {exporter.name!r} can run here", where=str(path)
         )
-    verify = resolve(exporter.verify, plugin=registry.exporters.plugin(exporter.name))
+    plugin = registry.exporters.plugin(exporter.name)
+    verify = bound(exporter.verify, plugin=plugin, returns=Verification)
     verdict: Verification = verify(path, record)
     return verdict
 

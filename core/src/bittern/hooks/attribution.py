@@ -8,18 +8,54 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
+from functools import partial
+from types import TracebackType
 from typing import Any, NoReturn
 
 from bittern.errors import BitternError, PluginError
 from bittern.hooks.results import WrongResultError, checked
 
-__all__ = ["attribute", "plugin_failure"]
+__all__ = ["Foreign", "attribute", "named"]
 
 
-def plugin_failure(label: str, hook: str, name: str, error: Exception) -> BitternError:
-    """Return what an exception of plugin ``label`` in ``hook`` becomes.
+class Foreign:
+    """Failures of functions that were handed to a plugin: they are not the plugin's."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, str | None] = {}
+
+    def watch(self, value: Any) -> Any:
+        """Return ``value``; a function comes with its failures noted."""
+        return partial(self._call, value) if inspect.isroutine(value) else value
+
+    def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except Exception as error:
+            self._seen[id(error)] = getattr(error, "plugin", None)
+            raise
+
+    def original(self, error: BaseException) -> BaseException | None:
+        """Return the noted failure that ``error`` is or was made of; ``None`` for the plugin's."""
+        for found in (error, error.__cause__):
+            if found is not None and id(found) in self._seen:
+                if isinstance(found, BitternError):
+                    found.plugin = self._seen[id(found)]
+                return found
+        return None
+
+
+def named(error: Exception, *, label: str, what: str, name: str) -> BitternError:
+    """Return what an exception of a plugin becomes.
 
     An error that is meant for the user stays what it is, and gets the plugin's name.
+
+    Args:
+        error: The exception.
+        label: ``"distribution version"`` of the plugin.
+        what: Where it failed: ``"in hook register_modules"``.
+        name: The plugin's name, by which it can be blocked.
     """
     if isinstance(error, BitternError):
         error.plugin = error.plugin or label
@@ -27,7 +63,7 @@ def plugin_failure(label: str, hook: str, name: str, error: Exception) -> Bitter
     if isinstance(error, WrongResultError):
         return PluginError(f"plugin {label} {error.got}", hint=error.hint)
     return PluginError(
-        f"plugin {label} failed in hook {hook}: {type(error).__name__}: {error}",
+        f"plugin {label} failed {what}: {type(error).__name__}: {error}",
         hint=f"tell the plugin's authors; BITTERN_DISABLE_PLUGINS={name} goes on without it",
     )
 
@@ -56,7 +92,7 @@ def attribute(
     """
 
     def fail(error: Exception) -> NoReturn:
-        found = plugin_failure(label, hook, name, error)
+        found = named(error, label=label, what=f"in hook {hook}", name=name)
         if found is error:
             raise error
         raise found from error
@@ -93,8 +129,40 @@ def attribute(
             result = function(*args)
             if inspect.isgenerator(result):
                 result = list(result)
-            return checked(hook, result)
+            found = checked(hook, result)
         except Exception as error:
             fail(error)
+        if found is not None and hook == "resolve_weight_access":
+            return _Access(found, fail)
+        return found
 
     return wrapped if wrapper else call
+
+
+class _Access(AbstractContextManager[Any]):
+    """A plugin's context manager; what fails in entering or leaving it is the plugin's."""
+
+    def __init__(
+        self, inner: AbstractContextManager[Any], fail: Callable[[Exception], NoReturn]
+    ) -> None:
+        self._inner = inner
+        self._fail = fail
+
+    def __enter__(self) -> Any:
+        try:
+            return self._inner.__enter__()
+        except Exception as error:
+            self._fail(error)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        try:
+            return self._inner.__exit__(kind, error, traceback)
+        except Exception as own:
+            if own is error:
+                raise
+            self._fail(own)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +17,7 @@ import pluggy
 
 from bittern.errors import BitternError, PluginError
 from bittern.hooks import specs
-from bittern.hooks.attribution import attribute
+from bittern.hooks.attribution import Foreign, attribute
 from bittern.hooks.compat import check_probes, check_requirements
 from bittern.hooks.discovery import (
     PluginOptions,
@@ -234,19 +232,14 @@ class PluginManager:
 
         What fails in a function that was handed to the plugins is not blamed on them.
         """
-        ours: dict[int, str | None] = {}  # failures of those functions, with their plugins
-        for name, value in arguments.items():
-            if inspect.isroutine(value):
-                arguments[name] = partial(_noting, value, ours)
+        foreign = Foreign()
+        given = {name: foreign.watch(value) for name, value in arguments.items()}
         try:
-            return getattr(self._pm.hook, hook)(**arguments)
+            return getattr(self._pm.hook, hook)(**given)
         except BitternError as error:
-            if id(error) in ours:
-                error.plugin = ours[id(error)]
+            inner = foreign.original(error)
+            if inner is None or inner is error:
                 raise
-            if error.__cause__ is None or id(error.__cause__) not in ours:
-                raise
-            inner = error.__cause__
         raise inner
 
     def notify(self, hook: str, **arguments: Any) -> None:
@@ -309,12 +302,3 @@ class PluginManager:
         name, _, distribution = key.partition("@")
         record = self._records.get((name, distribution))
         return (record.label if record is not None else key), False
-
-
-def _noting(function: Callable[..., Any], failures: dict[int, str | None], *args: Any) -> Any:
-    """Call ``function`` and note what it raises."""
-    try:
-        return function(*args)
-    except Exception as error:
-        failures[id(error)] = getattr(error, "plugin", None)
-        raise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bittern.errors import NumericsError
 from bittern.records import NumberFormat
-from bittern.registry.targets import resolve
+from bittern.registry.targets import bound
 
 __all__ = ["Codec", "FloatCodec", "IntCodec", "Scales", "codec_of"]
 
@@ -160,10 +160,16 @@ class FloatCodec:
 _CODECS: dict[tuple[str, tuple[tuple[str, object], ...]], Codec] = {}
 
 
-def codec_of(number_format: NumberFormat) -> Codec:
-    """Return the codec of a format, made once per (factory, parameters)."""
+def codec_of(number_format: NumberFormat, *, plugin: str = "bittern") -> Codec:
+    """Return the codec of a format, made once per (factory, parameters).
+
+    Args:
+        number_format: The format.
+        plugin: Label of the plugin that registered it, for errors.
+    """
     key = (number_format.codec, tuple(sorted(number_format.params.items())))
     codec = _CODECS.get(key)
     if codec is None:
-        codec = _CODECS[key] = resolve(number_format.codec)(**number_format.params)
+        make = bound(number_format.codec, plugin=plugin)
+        codec = _CODECS[key] = make(**number_format.params)
     return codec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bittern.config import SpecModel
 from bittern.errors import RecipeError
+from bittern.numerics.codec import codec_of
 from bittern.records import (
     Granularity,
     NumberFormat,
@@ -33,8 +34,10 @@ def resolve_spec(
 
     Raises:
         RecipeError: Unknown format, or an impossible combination.
+        PluginError: The format's codec cannot be made.
     """
     number_format = formats.get(said.format)
+    codec_of(number_format, plugin=formats.plugin(said.format))  # fails now, by the plugin's name
     weight = slot.kind == "weight"
     granularity = _granularity(said, slot, number_format, where)
     fine = isinstance(granularity, PerToken | PerGroup | PerBlock)

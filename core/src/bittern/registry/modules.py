@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from bittern.errors import PluginConflictError
+from bittern.errors import PluginConflictError, PluginError
 from bittern.registry.targets import target_of
 
 __all__ = ["ANY", "ClassTable", "Match", "NoMatch"]
@@ -96,11 +96,11 @@ class ClassTable(Generic[R]):
                 if base is not own and not same_forward and not rule.subclass_forward:
                     refused = refused or (
                         f"{own.__qualname__} overrides forward of {base.__qualname__}, "
-                        f"and the rule of {item[1]} does not say that it still holds"
+                        f"and the rule of {item[1]} does not say that it still holds "
+                        f"(a rule for {target_of(own)}, or subclass_forward=True, would)"
                     )
                     continue
-                predicate = getattr(rule, "predicate", None)
-                if predicate is not None and not predicate(module):
+                if not _holds(item[0], item[1], module, bare=True):
                     refused = (
                         refused or f"the rule of {item[1]} for {base.__qualname__} declined it"
                     )
@@ -111,7 +111,7 @@ class ClassTable(Generic[R]):
         predicates = [
             item
             for item in self._by_target.get(ANY, [])
-            if (test := getattr(item[0], "predicate", None)) is not None and test(module)
+            if _holds(item[0], item[1], module, bare=False)
         ]
         if predicates:
             return self._best(predicates, target_of(own))
@@ -131,3 +131,22 @@ class ClassTable(Generic[R]):
                 hint="block one of them with BITTERN_DISABLE_PLUGINS, or raise one rule's priority",
             )
         return Match(best[0][0], best[0][1])
+
+
+def _holds(rule: ClassRule, plugin: str, module: object, *, bare: bool) -> bool:
+    """Return what a rule's predicate says of a module; ``bare`` where it has none.
+
+    Raises:
+        PluginError: The predicate raises.
+    """
+    predicate = getattr(rule, "predicate", None)
+    if predicate is None:
+        return bare
+    try:
+        return bool(predicate(module))
+    except Exception as error:
+        raise PluginError(
+            f"plugin {plugin}: the predicate of its rule for {rule.target} failed on a "
+            f"{type(module).__qualname__}: {type(error).__name__}: {error}",
+            hint="let the predicate return False for modules that it does not know",
+        ) from error
