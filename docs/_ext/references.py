@@ -1,7 +1,8 @@
 """Directives that cut reference pages out of the code, so that they cannot go stale.
 
 ``bittern-hooks`` documents the hooks whose names begin with the words given, ``bittern-cli`` shows
-the help text of every command, ``bittern-conformance`` lists the tests of a conformance class.
+the help text of a command, ``bittern-table`` lists what core registers, ``bittern-conformance`` the
+tests of a conformance class.
 """
 
 from __future__ import annotations
@@ -151,6 +152,40 @@ def core_commands() -> click.Group:
     return root
 
 
+# --- what core registers --------------------------------------------------------------------------
+
+
+class Table(Generated):
+    """The records of one table of the registry that core itself registers."""
+
+    def lines(self, argument: str) -> Iterator[str]:
+        """Yield a table of names and descriptions."""
+        from bittern.builtin import hooks
+        from bittern.hooks.discovery import PluginOptions
+        from bittern.hooks.manager import PluginManager
+        from bittern.registry import Registry
+
+        registry = Registry(PluginManager(PluginOptions(), builtin=hooks, records=()))
+        table = getattr(registry, argument)
+        yield from _list_table({f"``{name}``": table.get(name).description for name in table})
+
+
+def _list_table(
+    rows: dict[str, str], *, head: tuple[str, str] | None = None, widths: str = "25 75"
+) -> Iterator[str]:
+    yield ".. list-table::"
+    yield f"   :widths: {widths}"
+    yield "   :width: 100%"
+    yield "   :class: names"
+    if head is not None:
+        yield "   :header-rows: 1"
+    yield ""
+    for left, right in [*([head] if head is not None else []), *rows.items()]:
+        yield f"   * - {left}"
+        yield f"     - {right}"
+    yield ""
+
+
 # --- the conformance kit --------------------------------------------------------------------------
 
 
@@ -164,17 +199,8 @@ class Conformance(Generated):
         yield "   :no-index-entry:"
         yield f"   :members: {', '.join(_overridable(cls))}"
         yield ""
-        yield ".. list-table::"
-        yield "   :header-rows: 1"
-        yield "   :widths: 45 55"
-        yield "   :class: tests"
-        yield ""
-        yield "   * - test"
-        yield "     - protects"
-        for name, text in standard_tests(cls).items():
-            yield f"   * - ``{name}``"
-            yield f"     - {text}"
-        yield ""
+        tests = {f"``{name}``": text for name, text in standard_tests(cls).items()}
+        yield from _list_table(tests, head=("test", "protects"), widths="45 55")
 
 
 def _overridable(cls: type) -> list[str]:
@@ -231,6 +257,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     """Register the directives."""
     app.add_directive("bittern-hooks", Hooks)
     app.add_directive("bittern-cli", CommandLine)
+    app.add_directive("bittern-table", Table)
     app.add_directive("bittern-conformance", Conformance)
     app.add_role("bdg", badge)
     for kind in PyObject.doc_field_types:

@@ -15,6 +15,7 @@ import pytest
 import bittern
 from bittern import records, testing
 from bittern.cli.main import COMMANDS
+from bittern.config.schema import AlgorithmModel, MatchModel, Recipe, RuleModel, SpecModel
 from bittern.hooks import specs
 from bittern.hooks.discovery import Status
 
@@ -119,6 +120,13 @@ def test_every_record_has_a_docstring_that_names_its_fields() -> None:
         if fields and "Attributes:" in text:
             missing = [field for field in fields if f"    {field}: " not in text]
             assert not missing, f"{name}: {missing}"
+
+
+def test_every_key_of_a_recipe_is_documented(sources: dict[str, str]) -> None:
+    models = (Recipe, RuleModel, MatchModel, SpecModel, AlgorithmModel)
+    keys = {field.alias or name for model in models for name, field in model.model_fields.items()}
+    rows = re.findall(r"^\| (`.+?) \|", sources["reference/recipes.md"], re.M)
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == keys
 
 
 # --- the command line and the environment ---------------------------------------------------------
