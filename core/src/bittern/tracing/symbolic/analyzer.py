@@ -56,6 +56,10 @@ class Analyzer:
         )
         walk = GraphDependencyProcessor(self.collection, self.symbols, processors=processors)
         tie_shared_parameters(model, self.symbols, walk.linker)
+        for module in self.collection.reached_into:
+            for _, symbol in self.named_cross_layer_symbols(module):
+                name = self.symbols.name_of(module)
+                symbol.disable(f"{name} is called from a module that cannot be traced")
         walk.process()
         self._close()
         find_skippable_blocks(model, self.symbols, walk, concrete_args=concrete_args, leaves=leaves)

@@ -61,6 +61,14 @@ class GraphCollection:
         """Return the module that a ``call_module`` node of any of the graphs calls."""
         return self._tracer.module_of(node)
 
+    @property
+    def reached_into(self) -> set[nn.Module]:
+        """Modules that one that cannot be traced calls past its children.
+
+        Their graphs, if they are inside those of the children, do not show all that they read.
+        """
+        return {module for module in self._tracer.reached_into if module not in self._graphs}
+
     def calls_of(self, module: nn.Module) -> tuple[tuple[fx.Node, fx.Node], ...]:
         """Return the first argument and the result of every call, where they are single tensors."""
         return tuple(self._tracer.spans.get(module, ()))

@@ -12,7 +12,7 @@ from typing import Any
 from bittern.tracing.symbolic.dependencies import Step
 from bittern.tracing.symbolic.elementwise import broadcast
 from bittern.tracing.symbolic.names import TableProcessor, operations
-from bittern.tracing.symbolic.values import Axis, Dim, Shape, Token, axes_of
+from bittern.tracing.symbolic.values import Axis, Dim, Pieces, Shape, Token, axes_of
 
 __all__ = ["concat"]
 
@@ -20,6 +20,8 @@ __all__ = ["concat"]
 def _concatenate(step: Step) -> Any:
     tensors, dim = step.argument(0, "tensors"), step.argument(1, "dim", 0)
     dim = step.kwargs.get("axis", dim)
+    if isinstance(tensors, Pieces) and isinstance(dim, int):
+        return _of_pieces(step, tensors.piece, dim)
     shapes = list(tensors) if isinstance(tensors, tuple | list) else []
     if not shapes or not all(isinstance(shape, Shape) for shape in shapes):
         return step.boundary()
@@ -55,6 +57,15 @@ def _concatenate(step: Step) -> Any:
     return Shape(
         step.node.name, rank, {**joined.dims, position: along}, f"what {step.where} returns"
     )
+
+
+def _of_pieces(step: Step, piece: Shape, dim: int) -> Any:
+    """Equal pieces of an unknown number: along another dimension than a width."""
+    position = piece.index(dim)
+    unsure = piece.rank is None and any((p < 0) != (dim < 0) for p, _ in piece.axes)
+    if unsure or isinstance(piece.at(position), Axis):
+        return step.boundary("repeats the width")
+    return piece.but(step.node.name, {**piece.dims, position: Token(step.node.name, position)})
 
 
 def _stack(step: Step) -> Any:

@@ -10,8 +10,6 @@ import math
 import operator
 from typing import Any
 
-from torch import fx
-
 from bittern.tracing.symbolic.dependencies import Step
 from bittern.tracing.symbolic.names import TableProcessor, module_types, operations
 from bittern.tracing.symbolic.values import Axis, Dim, Shape, Token, axes_of, values_of
@@ -47,11 +45,11 @@ _COMBINING_OPS = operations(_NARY.split()) | {operator.and_, operator.or_}
 
 
 def _pass_on(step: Step) -> Any:
-    """Hand on the shape; arguments beside the first carry no widths."""
+    """Hand on the shape; further tensors (a lower bound) meet it element by element."""
     first = step.first
-    if not isinstance(first, Shape) or axes_of([step.args[1:], step.kwargs]):
-        return step.boundary("is understood for one tensor only")
-    return first
+    if isinstance(first, Shape) and not any(True for _ in values_of([step.args[1:], step.kwargs])):
+        return first
+    return _combine(step)
 
 
 def _combine(step: Step) -> Any:
@@ -63,11 +61,7 @@ def _combine(step: Step) -> Any:
         return step.boundary("computes with the width")
     if not shapes:
         return None
-    result = broadcast(step, shapes)
-    out = step.node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        step.walk.values[out] = result
-    return result
+    return broadcast(step, shapes)
 
 
 def broadcast(step: Step, shapes: list[Shape]) -> Shape:
@@ -146,4 +140,5 @@ def elementwise() -> TableProcessor:
     return TableProcessor.of(
         (SHAPE_PRESERVING_OPS | SHAPE_PRESERVING_MODULES, _pass_on),
         (_COMBINING_OPS | {math.sqrt, math.floor, math.ceil}, _combine),
+        ties_out=True,
     )

@@ -10,7 +10,7 @@ from torch import fx
 
 from bittern.tracing.symbolic.dependencies import Step
 from bittern.tracing.symbolic.names import TableProcessor, operations
-from bittern.tracing.symbolic.values import Axis, Dim, Extent, Shape, Sizes, Token, axes_of
+from bittern.tracing.symbolic.values import Axis, Dim, Extent, Pieces, Shape, Sizes, Token, axes_of
 
 __all__ = ["indexing"]
 
@@ -77,6 +77,8 @@ def _get_item(step: Step) -> Any:
     value, index = step.args[0], step.args[1]
     if isinstance(value, Sizes):
         return _part_of_sizes(step, value.shape, index)
+    if isinstance(value, Pieces):
+        return value.piece if isinstance(index, int) else value
     if isinstance(value, tuple | list) and isinstance(index, int | slice):
         try:
             return value[index]
@@ -114,8 +116,10 @@ def _in_slice(part: slice, position: int) -> bool:
 
 def _part(step: Step, shape: Shape, index: tuple[Any, ...]) -> Any:
     """``x[:, 0, ..., None]``: whole dimensions pass, a part of a width does not."""
-    if axes_of(list(index)) or shape.loose:
+    if axes_of(list(index)):
         return step.boundary("picks by another tensor")
+    if shape.loose:
+        return shape
     if not shape.axes:
         return Shape(step.node.name, origin=f"what {step.where} returns")
     used = [item for item in index if item is not None and item is not Ellipsis]
@@ -156,12 +160,8 @@ def _split(step: Step) -> Any:
     unsure = shape.rank is None and any((p < 0) != (position < 0) for p, _ in shape.axes)
     if isinstance(along, Axis) or unsure:
         return step.boundary("takes parts of the width")
-    piece = shape.but(step.node.name, {**shape.dims, position: Token(step.node.name, position)})
-    amount = step.argument(1, "chunks") or step.argument(1, "split_size_or_sections")
-    users = [user.args[1] for user in step.node.users if user.target is operator.getitem]
-    highest = max([u for u in users if isinstance(u, int)], default=-1) + 1
-    count = len(amount) if isinstance(amount, tuple | list) else highest
-    return (piece,) * count
+    dims = {**shape.dims, position: Token(step.node.name, position)}
+    return Pieces(shape.but(step.node.name, dims))
 
 
 def _reduce(step: Step) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from bittern.tracing.symbolic.dependencies import NodeProcessor, Step
@@ -40,19 +40,21 @@ class TableProcessor(NodeProcessor):
 
     Args:
         table: What is called, to what it does to widths.
+        ties_out: Whether the handlers tie the widths of an ``out=`` argument too.
     """
 
-    def __init__(self, table: Mapping[Any, Handler]) -> None:
+    def __init__(self, table: Mapping[Any, Handler], *, ties_out: bool = False) -> None:
         self._table = table
+        self.ties_out = ties_out
 
     @classmethod
-    def of(cls, *groups: tuple[Iterable[Any], Handler]) -> TableProcessor:
+    def of(cls, *groups: tuple[Iterable[Any], Handler], ties_out: bool = False) -> TableProcessor:
         """Make a table from groups of things that are called; the first group wins."""
         table: dict[Any, Handler] = {}
         for called, handler in groups:
             for target in called:
                 table.setdefault(target, handler)
-        return cls(table)
+        return cls(table, ties_out=ties_out)
 
     def matches(self, step: Step) -> bool:
         """Take what is in the table."""
@@ -60,7 +62,14 @@ class TableProcessor(NodeProcessor):
 
     def process(self, step: Step) -> Any:
         """Do what the table says."""
-        return self._table[self._key(step)](step)
+        result = self._table[self._key(step)](step)
+        out = step.node.kwargs.get("out")
+        if isinstance(out, fx.Node):
+            # What it held is overwritten; an element by element operation ties both.
+            if not self.ties_out:
+                result = step.boundary("writes into another tensor")
+            step.walk.values[out] = result
+        return result
 
     @staticmethod
     def _key(step: Step) -> Any:

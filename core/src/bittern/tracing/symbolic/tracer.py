@@ -71,6 +71,8 @@ class RobustTracer(fx.Tracer):
         self._calls: dict[fx.Node, nn.Module] = {}
         self.unpacked: dict[fx.Node, int] = {}
         self.spans: dict[nn.Module, list[tuple[fx.Node, fx.Node]]] = {}
+        self.reached_into: set[nn.Module] = set()
+        self._running: list[tuple[nn.Module, list[nn.Module]]] = []
         self._names: dict[int, str] = {}
         self._parameter_proxies: dict[str, fx.Proxy] = {}
 
@@ -124,11 +126,14 @@ class RobustTracer(fx.Tracer):
             for named in (root.named_buffers(), root.named_parameters())
             for name, tensor in named
         }
+        self._running = [(root, [])]
         try:
             return super().trace(root, concrete_args)
         except Exception as error:
-            self._fail(root, error)
+            self._fail(root, error, called=self._running[0][1])
             return self._leaf_graph(root)
+        finally:
+            self._running = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return the proxy of a node."""
@@ -151,20 +156,25 @@ class RobustTracer(fx.Tracer):
     ) -> Any:
         """Enter ``m``; if that fails, undo what it did to the graph and call it as a leaf."""
         self._visited.add(m)
+        if self._running:
+            self._running[-1][1].append(m)
         if m in self._skip and args:
             return args[0]
         if m in self._behind_skipped:
             raise TraceError("a block that is left out is used from outside")
         before = next(iter(reversed(self.graph.nodes)), None)
         stack = dict(self.module_stack)
+        self._running.append((m, []))
         try:
             returned = super().call_module(m, forward, args, kwargs)
         except Exception as error:
-            self._fail(m, error)
+            self._fail(m, error, called=self._running[-1][1])
             self._undo(before)
             self.module_stack.clear()
             self.module_stack.update(stack)
             returned = super().call_module(m, forward, args, kwargs)
+        finally:
+            self._running.pop()
         if isinstance(returned, fx.Proxy):
             node = returned.node
             if args and isinstance(args[0], fx.Proxy):
@@ -235,7 +245,9 @@ class RobustTracer(fx.Tracer):
         for name in [name for name, p in self._parameter_proxies.items() if p.node in gone]:
             del self._parameter_proxies[name]
 
-    def _fail(self, module: nn.Module, error: Exception) -> None:
+    def _fail(self, module: nn.Module, error: Exception, *, called: list[nn.Module]) -> None:
+        children = set(module.children())
+        self.reached_into.update(inner for inner in called if inner not in children)
         lines = str(error).strip().splitlines()
         message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
         self._failures.setdefault(module, message)

@@ -12,7 +12,18 @@ from typing import Any
 
 from bittern.tracing.symbolic.symbols import Layout, Symbol
 
-__all__ = ["Axis", "Dim", "Extent", "Shape", "Sizes", "Token", "axes_of", "rank_of", "values_of"]
+__all__ = [
+    "Axis",
+    "Dim",
+    "Extent",
+    "Pieces",
+    "Shape",
+    "Sizes",
+    "Token",
+    "axes_of",
+    "rank_of",
+    "values_of",
+]
 
 
 @dataclass(frozen=True)
@@ -118,10 +129,19 @@ class Extent:
     dim: Dim
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """Equal tensors, it is not known how many: ``x.chunk(2, dim=2)``."""
+
+    piece: Shape
+
+
 def values_of(value: Any) -> Iterator[Any]:
     """Yield the known values in nested tuples, lists and dictionaries."""
     if isinstance(value, Shape | Sizes | Extent):
         yield value
+    elif isinstance(value, Pieces):
+        yield value.piece
     elif isinstance(value, tuple | list):
         for item in value:
             yield from values_of(item)
