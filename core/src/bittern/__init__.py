@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         restore,
         revert,
         save,
+        trace,
         verify,
     )
     from bittern.errors import BitternError, PluginError
@@ -59,6 +60,7 @@ __all__ = [
     "restore",
     "revert",
     "save",
+    "trace",
     "verify",
 ]
 
@@ -73,6 +75,7 @@ _HOMES = {
         "restore",
         "revert",
         "save",
+        "trace",
         "verify",
     ),
     "bittern.errors": ("BitternError", "PluginError"),

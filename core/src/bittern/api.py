@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from bittern.report import Result
     from bittern.runtime import Data, Progress
+    from bittern.tracing import Trace
 
 __all__ = [
     "calibrate",
@@ -34,6 +35,7 @@ __all__ = [
     "restore",
     "revert",
     "save",
+    "trace",
     "verify",
 ]
 
@@ -56,6 +58,29 @@ def load(
         ModelError: It cannot be loaded, or is no model.
     """
     return _toolkit(toolkit).load(source, config)
+
+
+def trace(
+    model: nn.Module, example_inputs: Any = None, *, toolkit: Toolkit | None = None
+) -> Trace:
+    """Run a model once on example inputs and find which of its tensors belong together.
+
+    The run computes shapes only, so it works for models on the meta device too; where the model
+    looks at values it is run for real.
+
+    Args:
+        model: Any PyTorch model; it is not changed.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; ``None``
+            takes what the model's framework knows.
+        toolkit: Plugins to use; all that are installed by default.
+
+    Returns:
+        Coupled dimensions, shared inputs, foldable producers, and what could not be analysed.
+
+    Raises:
+        TraceError: There are no example inputs, or nothing runs with them.
+    """
+    return _toolkit(toolkit).trace(model, example_inputs)
 
 
 def plan(

@@ -15,6 +15,7 @@ __all__ = [
     "PluginConflictError",
     "PluginError",
     "RecipeError",
+    "TraceError",
     "VerificationError",
 ]
 
@@ -76,6 +77,10 @@ class DataError(BitternError):
 
 class NumericsError(BitternError):
     """A tensor, scale or format is outside what the number formats allow."""
+
+
+class TraceError(BitternError):
+    """A model cannot be traced, or the trace has nothing of a name."""
 
 
 class CalibrationError(BitternError):

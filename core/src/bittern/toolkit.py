@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from bittern.report import Result
     from bittern.runtime import Data, Progress
+    from bittern.tracing import Trace
 
 __all__ = ["Toolkit", "default_toolkit"]
 
@@ -150,6 +151,31 @@ class Toolkit:
         return found
 
     # --- the steps ---
+
+    def trace(self, model: nn.Module, example_inputs: Any = None) -> Trace:
+        """Run a model once on example inputs and find which of its tensors belong together."""
+        from bittern.errors import TraceError
+        from bittern.nn import quantizers_off
+        from bittern.tracing.trace import run_trace
+
+        adapter = self.adapter(model)
+        if example_inputs is None:
+            if adapter.example_inputs is None:
+                raise TraceError(
+                    "no plugin knows inputs for this model",
+                    hint="give example_inputs: a tensor, a tuple, or a dict of arguments",
+                )
+            example_inputs = {**adapter.call_kwargs, **adapter.example_inputs()}
+        elif isinstance(example_inputs, Mapping):
+            example_inputs = {**adapter.call_kwargs, **example_inputs}
+        with quantizers_off(model):
+            return run_trace(
+                model,
+                example_inputs,
+                ops=self.registry.ops,
+                leaves=self.registry.leaves,
+                symbols=self.registry.symbols,
+            )
 
     def plan(self, model: nn.Module, recipe: RecipeLike, *, overrides: Sequence[str] = ()) -> Plan:
         """Decide who is quantized how; change nothing."""

@@ -21,7 +21,7 @@ from bittern.records import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from bittern.records import Plan
+    from bittern.records import OpRule, Plan, SymbolRule
 
 INPUT = Slot("input", channel_axis=-1)
 OUTPUT = Slot("output", channel_axis=-1)
@@ -57,6 +57,22 @@ def register_modules() -> list[ModuleRule]:
         ),
         *convs,
     ]
+
+
+@hookimpl
+def register_symbols() -> tuple[SymbolRule, ...]:
+    """The layers of torch.nn that have a channel or feature dimension."""
+    from bittern.tracing.symbolic.rules import SYMBOL_RULES
+
+    return SYMBOL_RULES
+
+
+@hookimpl
+def register_trace_ops() -> list[OpRule]:
+    """The operators of ATen."""
+    from bittern.tracing.flow.table import op_rules
+
+    return op_rules()
 
 
 @hookimpl

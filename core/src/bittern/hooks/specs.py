@@ -62,7 +62,7 @@ def register_modules() -> Iterable[ModuleRule]:  # type: ignore[empty-body]
 
 @hookspec
 def register_symbols() -> Iterable[SymbolRule]:  # type: ignore[empty-body]
-    """Say which dimensions a module class has. Reserved.
+    """Say which dimensions a module class has.
 
     Returns:
         One `SymbolRule` per module class.
@@ -71,7 +71,7 @@ def register_symbols() -> Iterable[SymbolRule]:  # type: ignore[empty-body]
 
 @hookspec
 def register_trace_leaves() -> Iterable[LeafRule]:  # type: ignore[empty-body]
-    """Name module classes that the tracer must not enter. Reserved.
+    """Name module classes that the tracer must not enter.
 
     Returns:
         One `LeafRule` per module class.
@@ -80,7 +80,7 @@ def register_trace_leaves() -> Iterable[LeafRule]:  # type: ignore[empty-body]
 
 @hookspec
 def register_trace_ops() -> Iterable[OpRule]:  # type: ignore[empty-body]
-    """Say how dimensions flow through an operator. Reserved.
+    """Say how dimensions flow through an operator.
 
     Returns:
         One `OpRule` per operator.

@@ -50,13 +50,28 @@ class Group:
 
 @dataclass(frozen=True)
 class Fold:
-    """A producer whose output channels can take over a scale of its consumers' inputs."""
+    """A scale that can move from the inputs of consumers into a producer.
+
+    Multiply the rows ``index[i]`` of every member of ``scaled`` by a positive ``s[i]``, divide the
+    rows ``index[i]`` of every member of ``divided`` by it, and the model computes what it did.
+
+    Attributes:
+        producer: The module, or the tensor's full name where the module has several weights.
+        tensor: Name of its parameter.
+        dim: The dimension of that parameter that is scaled.
+        consumers: What reads the scaled tensor, named likewise.
+        reason: Why it is legal.
+        scaled: The producer's dimension and those of its biases.
+        divided: The consumers' dimensions, in the order of ``consumers``.
+    """
 
     producer: str
     tensor: str
     dim: int
     consumers: tuple[str, ...]
     reason: str
+    scaled: tuple[Member, ...] = ()
+    divided: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)

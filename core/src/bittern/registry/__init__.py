@@ -2,6 +2,7 @@
 
 from bittern.registry.kernels import KernelTable
 from bittern.registry.modules import ANY, ClassTable, Match, NoMatch
+from bittern.registry.ops import OpMatch, OpTable
 from bittern.registry.registry import Registry
 from bittern.registry.tables import NamedTable, nearest
 from bittern.registry.targets import resolve, target_of
@@ -13,6 +14,8 @@ __all__ = [
     "Match",
     "NamedTable",
     "NoMatch",
+    "OpMatch",
+    "OpTable",
     "Registry",
     "nearest",
     "resolve",

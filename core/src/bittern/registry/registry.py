@@ -9,12 +9,15 @@ from bittern.hooks.manager import PluginManager
 from bittern.records import (
     Algorithm,
     Exporter,
+    LeafRule,
     ModuleRule,
     NumberFormat,
     RecipeSource,
+    SymbolRule,
 )
 from bittern.registry.kernels import KernelTable
 from bittern.registry.modules import ClassTable
+from bittern.registry.ops import OpTable
 from bittern.registry.tables import NamedTable
 
 __all__ = ["Registry"]
@@ -34,6 +37,21 @@ class Registry:
     def modules(self) -> ClassTable[ModuleRule]:
         """Which module classes can be quantized."""
         return ClassTable(self._plugins.collect("register_modules"))
+
+    @cached_property
+    def symbols(self) -> ClassTable[SymbolRule]:
+        """Which dimensions module classes have."""
+        return ClassTable(self._plugins.collect("register_symbols"))
+
+    @cached_property
+    def leaves(self) -> ClassTable[LeafRule]:
+        """Which module classes the tracer does not enter."""
+        return ClassTable(self._plugins.collect("register_trace_leaves"))
+
+    @cached_property
+    def ops(self) -> OpTable:
+        """How dimensions flow through operators."""
+        return OpTable(self._plugins.collect("register_trace_ops"))
 
     @cached_property
     def formats(self) -> NamedTable[NumberFormat]:

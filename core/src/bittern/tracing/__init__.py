@@ -1,4 +1,9 @@
-"""The trace: which tensors of a model belong together."""
+"""The trace: which tensors of a model belong together.
+
+Two ways in: `run_trace` runs the model on example inputs and carries axes through every operator
+(`bittern.tracing.flow`); the symbolic path needs no inputs and sees what torch.fx can trace
+(`bittern.tracing.symbolic`). Names are loaded on first use.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bittern.tracing.symbolic import Symbol, SymInfo, SymMap
+    from bittern.tracing.trace import Trace, run_trace
 
-__all__ = ["SymInfo", "SymMap", "Symbol"]
+__all__ = ["SymInfo", "SymMap", "Symbol", "Trace", "run_trace"]
+
+_HOMES = {
+    "bittern.tracing.symbolic": ("SymInfo", "SymMap", "Symbol"),
+    "bittern.tracing.trace": ("Trace", "run_trace"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("bittern.tracing.symbolic"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(home), name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -42,7 +42,9 @@ def settle_cuts(flow: Flow) -> None:
 def _settle(axis: Axis, position: int, where: str) -> None:
     terms = list(axis.terms())
     start = position if position > 0 else axis.size + position
-    at, before, after = 0, [], []
+    at = 0
+    before: list[Axis] = []
+    after: list[Axis] = []
     for term in terms:
         (before if at < start else after).append(term)
         at += term.size
@@ -61,17 +63,20 @@ def _settle(axis: Axis, position: int, where: str) -> None:
 def collect_groups(flow: Flow) -> tuple[Group, ...]:
     """Return the groups, in the order in which the model's tensors meet them."""
     members: dict[Axis, list[Member]] = {}
+    weights: set[Axis] = set()  # a buffer alone is no reason to prune
     for value, dim, axis in stored_axes(flow):
         module, _, tensor = value.name.rpartition(".")
         if axis.size == 1:
             continue
         for leaf, rows in positions(axis).items():
             if not leaf.mark.fixed and leaf.size > 1:
+                if value.kind == "parameter":
+                    weights.add(leaf)
                 members.setdefault(leaf, []).append(
                     Member(module, tensor, dim, torch.from_numpy(rows))
                 )
     return tuple(
         Group(leaf.size, leaf.mark.sortable, tuple(own), tuple(leaf.mark.normalized))
         for leaf, own in members.items()
-        if not leaf.mark.fixed
+        if not leaf.mark.fixed and leaf in weights
     )

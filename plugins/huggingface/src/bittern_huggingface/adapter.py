@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def make_adapter(model: nn.Module) -> ModelAdapter | None:
     if not isinstance(model, transformers.PreTrainedModel):
         return None
     source = source_of(model)
-    embeddings = model.get_input_embeddings()
+    embeddings = _embeddings(model.get_input_embeddings)
     vocab = getattr(embeddings, "num_embeddings", None)
     causal = _is_causal(model)
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
@@ -44,6 +44,14 @@ def make_adapter(model: nn.Module) -> ModelAdapter | None:
         call_kwargs={"use_cache": False} if takes_cache else {},
         tied=_tied(model),
     )
+
+
+def _embeddings(find: Callable[[], Any]) -> Any:
+    """Ask a model for its embeddings; those without any (ResNet, MobileNet) raise."""
+    try:
+        return find()
+    except (NotImplementedError, AttributeError):
+        return None
 
 
 def _method(quantizer: Any) -> str:
@@ -101,8 +109,8 @@ def _blocks(model: nn.Module) -> tuple[str, ...]:
 def _roles(model: transformers.PreTrainedModel) -> Mapping[str, str]:
     """Return module path to role, from what modules are rather than from what they are called."""
     roles: dict[str, str] = {}
-    head = model.get_output_embeddings()
-    embeddings = model.get_input_embeddings()
+    head = _embeddings(model.get_output_embeddings)
+    embeddings = _embeddings(model.get_input_embeddings)
     for path, module in model.named_modules():
         cls = original_class(module)
         if module is head:

@@ -3,7 +3,7 @@
 from bittern.tracing.flow.axes import Axis, Kind, product, total, unify
 from bittern.tracing.flow.graph import OpGraph, OpNode, Value, values_in
 from bittern.tracing.flow.layout import positions
-from bittern.tracing.flow.propagate import Axes, Flow, FlowRule, OpTable
+from bittern.tracing.flow.propagate import Axes, Flow, FlowRule
 
 __all__ = [
     "Axes",
@@ -13,7 +13,6 @@ __all__ = [
     "Kind",
     "OpGraph",
     "OpNode",
-    "OpTable",
     "Value",
     "positions",
     "product",

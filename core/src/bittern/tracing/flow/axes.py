@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
+from itertools import pairwise
 from math import gcd, prod
 
 __all__ = ["Axis", "Kind", "Mark", "product", "split_product", "split_sum", "total", "unify"]
@@ -347,6 +348,14 @@ def _unify_products(a: Axis, b: Axis) -> bool:
     return not left and not right
 
 
+def _unify_all(pairs: Iterable[tuple[Axis, Axis]]) -> bool:
+    """Unify every pair, also after one that does not fit."""
+    fits = True
+    for x, y in pairs:
+        fits &= unify(x, y)
+    return fits
+
+
 def _unify_sums(a: Axis, b: Axis) -> bool:
     positions: set[int] = set()
     for axis in (a, b):
@@ -355,11 +364,11 @@ def _unify_sums(a: Axis, b: Axis) -> bool:
             at += term.size
             positions.add(at)
     edges = [0, *sorted(positions)]
-    sizes = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+    sizes = [stop - start for start, stop in pairwise(edges)]
     left, right = split_sum(a, sizes), split_sum(b, sizes)
     if left is None or right is None:
         return False
-    return all([unify(x, y) for x, y in zip(left, right, strict=True)])
+    return _unify_all(zip(left, right, strict=True))
 
 
 def _unify_mixed(a: Axis, b: Axis) -> bool:
@@ -367,11 +376,11 @@ def _unify_mixed(a: Axis, b: Axis) -> bool:
     sizes = [term.size for term in b.terms()]
     parts = split_sum(a, sizes)
     if parts is not None:
-        return all([unify(x, y) for x, y in zip(parts, b.terms(), strict=True)])
+        return _unify_all(zip(parts, b.terms(), strict=True))
     factors = split_product(b, [factor.size for factor in a.factors()])
     if factors is None:
         return False
-    return all([unify(x, y) for x, y in zip(a.factors(), factors, strict=True)])
+    return _unify_all(zip(a.factors(), factors, strict=True))
 
 
 def _misfit(a: Axis, b: Axis) -> bool:

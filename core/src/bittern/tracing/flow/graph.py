@@ -19,6 +19,8 @@ class Value:
         name: Full name of a parameter or buffer; where an input or constant comes from.
         floating: Whether its elements are floating-point or complex numbers.
         boolean: Whether its elements are truth values.
+        dtype: Name of its dtype.
+        learned: Whether a parameter had a part in it.
         producer: The node that made it.
         users: The nodes that read it.
     """
@@ -28,6 +30,8 @@ class Value:
     name: str = ""
     floating: bool = True
     boolean: bool = False
+    dtype: str = ""
+    learned: bool = False
     producer: OpNode | None = None
     users: list[OpNode] = field(default_factory=list)
 
@@ -114,7 +118,8 @@ class OpGraph:
         modules: Paths of the modules that ran.
         failure: Why the run ended early, ``""`` if it did not.
         failed_in: Path of the module that ended it.
-        branches: Modules that looked at the value of a tensor, which may decide what they do.
+        branches: Modules that looked at the value of a tensor, which may decide what they do, and
+            whether a parameter had a part in that value.
         fake: Whether the run computed shapes only.
     """
 
@@ -125,5 +130,5 @@ class OpGraph:
     modules: set[str] = field(default_factory=set)
     failure: str = ""
     failed_in: str = ""
-    branches: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, bool] = field(default_factory=dict)
     fake: bool = True

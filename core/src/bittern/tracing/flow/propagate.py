@@ -1,4 +1,4 @@
-"""Carries axes through an operator graph: every operator relates the axes of what it reads and makes.
+"""Carries axes through an operator graph: an operator relates the axes of what it reads and makes.
 
 Which relation an operator stands for is a rule (`bittern.records.OpRule`), core's own included. An
 operator without a rule is a barrier: all axes that meet it are fixed, and it is reported. Nothing
@@ -7,50 +7,18 @@ is ever guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import prod
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
+from bittern.registry import OpTable
 from bittern.tracing.flow.axes import Axis, product, split_product, split_sum, unify
 from bittern.tracing.flow.graph import OpGraph, OpNode, Value
 
-__all__ = ["Axes", "Flow", "FlowRule", "OpTable"]
+__all__ = ["Axes", "Flow", "FlowRule"]
 
 Axes = tuple[Axis, ...]
 FlowRule = Callable[..., "Axes | list[Axes | None] | None"]
 
 NOT_LOOKED_INTO = "a module that is not looked into"
-
-
-@dataclass(frozen=True)
-class OpTable:
-    """Finds the rule of an operator.
-
-    Attributes:
-        rules: Qualified name, or ``"namespace.op.*"``, to ``(function, options, plugin)``.
-    """
-
-    rules: Mapping[str, tuple[FlowRule, Mapping[str, object], str]]
-    _found: dict[str, tuple[FlowRule, Mapping[str, object], str] | None] = field(
-        default_factory=dict
-    )
-
-    def find(self, op: str) -> tuple[FlowRule, Mapping[str, object], str] | None:
-        """Return the rule of ``op``, its options and who registered it."""
-        if op not in self._found:
-            rule = self.rules.get(op)
-            if rule is None:
-                packet = op.rpartition(".")[0]
-                rule = self.rules.get(f"{packet}.*") or self.rules.get(
-                    f"{packet.removesuffix('_')}.*"
-                )
-            self._found[op] = rule
-        return self._found[op]
-
-    def knows(self, op: str) -> bool:
-        """Return whether there is a rule for ``op``."""
-        return self.find(op) is not None
 
 
 class Flow:
@@ -144,9 +112,7 @@ class Flow:
             out.update(self._rechunk(ins[i0:i], outs[j0:j], where))
         return tuple(out[k] if k in out else Axis(n) for k, n in enumerate(shape))
 
-    def _rechunk(
-        self, ins: list[Axis], outs: list[tuple[int, int]], where: str
-    ) -> dict[int, Axis]:
+    def _rechunk(self, ins: list[Axis], outs: list[tuple[int, int]], where: str) -> dict[int, Axis]:
         if len(ins) == len(outs) == 1:
             return {outs[0][0]: ins[0]}
         whole = product(ins)
@@ -210,9 +176,9 @@ class Flow:
             leaf = node.op.startswith("module.")
             self._barrier(node, NOT_LOOKED_INTO if leaf else f"there is no rule for {node.op}")
             return
-        rule, options, plugin = entry
+        plugin = entry.plugin
         try:
-            made = rule(node, self, **options)
+            made = entry.flow(node, self, **entry.options)
         except Exception as error:  # a rule that fails must not cost the whole trace
             self._barrier(
                 node, f"the rule of {plugin} for {node.op}: {type(error).__name__}: {error}"
@@ -242,20 +208,14 @@ class Flow:
         for value in node.inputs():
             for axis in self.of(value):
                 axis.fix(reason, barrier=True)
-        for value in node.outputs:
-            if value is not None:
-                axes = tuple(Axis(n) for n in value.shape)
-                for axis in axes:
+        for made in node.outputs:
+            if made is not None:
+                self._axes[made] = tuple(Axis(n) for n in made.shape)
+                for axis in self._axes[made]:
                     axis.fix(reason, barrier=True)
-                self._axes[value] = axes
 
 
 def _what(value: Value) -> str:
     if value.kind == "input":
         return "a dimension of the model's input"
     return "a constant" if value.kind == "constant" else "data"
-
-
-def numel(shape: Sequence[int]) -> int:
-    """Return the number of elements of a shape."""
-    return prod(shape)

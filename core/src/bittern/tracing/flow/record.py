@@ -34,6 +34,7 @@ ATTRIBUTE = "_bittern_value"
 READS_VALUES = frozenset(
     {"aten._local_scalar_dense.default", "aten.equal.default", "aten.is_nonzero.default"}
 )
+HALF = (torch.bfloat16, torch.float16)
 SILENT = frozenset({"aten.detach.default", "prim.device.default"})
 
 Knows = Callable[[str], bool]
@@ -95,7 +96,7 @@ def _depends_on_values(error: Exception) -> bool:
     )
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator below autograd; keeps who called it and what it read and made."""
 
     def __init__(
@@ -106,7 +107,7 @@ class _Recorder(TorchDispatchMode):
         leaf: Callable[[nn.Module], str],
         mode: FakeTensorMode | None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._graph = graph
         self._knows = knows
         self._leaf = leaf
@@ -144,7 +145,7 @@ class _Recorder(TorchDispatchMode):
             if self._mode is not None:
                 fresh: Tensor = self._fake(tree)
             else:
-                fresh = tree.detach()
+                fresh = tree.detach().clone()  # the model may write into it
             value = _value(tree, "input", name)
             setattr(fresh, ATTRIBUTE, value)
             self._graph.inputs.append(value)
@@ -243,15 +244,23 @@ class _Recorder(TorchDispatchMode):
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
-        made = func(*args, **kwargs)
+        made = self._run(func, name, args, kwargs)
         if name in READS_VALUES:
             path = self._stack[-1][0] if self._stack else ""
-            self._graph.branches.setdefault(path, "it looks at the value of a tensor")
+            learned = any(self.known(a).learned for a in args if isinstance(a, Tensor))
+            self._graph.branches[path] = self._graph.branches.get(path, False) or learned
         elif not self._inside_leaf and name not in SILENT:
             self._note(name, args, kwargs, made)
         elif name in SILENT and isinstance(made, Tensor):
             setattr(made, ATTRIBUTE, self.known(args[0]))
         return made
+
+    def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self._mode is None or name != "aten._grouped_mm.default" or args[0].dtype in HALF:
+            return func(*args, **kwargs)
+        # The shape rule of this operator takes bfloat16 only, although a CPU computes float32 too.
+        a, b, *rest = args
+        return func(a.bfloat16(), b.bfloat16(), *rest, **kwargs).to(a.dtype)
 
     def _note(self, name: str, args: Any, kwargs: Any, made: Any) -> None:
         node = OpNode(
@@ -261,13 +270,14 @@ class _Recorder(TorchDispatchMode):
             (),
             self._stack[-1][0] if self._stack else "",
         )
+        learned = any(value.learned for value in node.inputs())
         outputs: list[Value | None] = []
         for item in made if isinstance(made, list | tuple) else (made,):
             if not isinstance(item, Tensor):
                 outputs.append(None)
                 continue
             value = _value(item, "activation", "")
-            value.producer = node
+            value.producer, value.learned = node, learned
             if id(item) not in self._stored:
                 setattr(item, ATTRIBUTE, value)
             outputs.append(value)
@@ -337,6 +347,8 @@ def _value(tensor: Tensor, kind: str, name: str) -> Value:
         name=name,
         floating=tensor.is_floating_point() or tensor.is_complex(),
         boolean=tensor.dtype is torch.bool,
+        dtype=str(tensor.dtype),
+        learned=kind == "parameter",
     )
 
 

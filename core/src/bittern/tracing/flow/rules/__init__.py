@@ -1,0 +1,1 @@
+"""How dimensions flow through operators: one function per kind of operator, by topic."""

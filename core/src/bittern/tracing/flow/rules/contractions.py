@@ -13,9 +13,12 @@ __all__ = [
     "cdist",
     "einsum",
     "grouped_mm",
+    "kron",
     "linear",
     "matmul",
+    "mixed",
     "outer",
+    "solve",
 ]
 
 
@@ -109,8 +112,8 @@ def einsum(node: OpNode, flow: Flow) -> Axes:
 def attention(node: OpNode, flow: Flow) -> Axes:
     """``scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale, enable_gqa)``.
 
-    ``q`` is ``(..., heads, L, E)``, ``k`` ``(..., kv heads, S, E)``, ``v`` ``(..., kv heads, S, V)``.
-    Under ``enable_gqa`` the heads are ``kv heads x queries per kv head``.
+    ``q`` is ``(..., heads, L, E)``, ``k`` ``(..., kv, S, E)``, ``v`` ``(..., kv, S, V)``.
+    Under ``enable_gqa`` the heads are ``kv x queries per kv head``.
     """
     q, k, v = (flow.of(node.tensor(i)) for i in range(3))
     flow.same(q[-1], k[-1])
@@ -134,7 +137,7 @@ def attention(node: OpNode, flow: Flow) -> Axes:
 
 
 def grouped_mm(node: OpNode, flow: Flow) -> Axes:
-    """``_grouped_mm(a, b, offsets, bias)``: rows of ``a`` (M, K) meet the ``b`` (E, K, N) of theirs.
+    """``_grouped_mm(a, b, offsets, bias)``: every row of ``a`` (M, K) meets one ``b`` of (E, K, N).
 
     Also the two-dimensional forms, where the groups run along a shared dimension.
     """
@@ -157,3 +160,23 @@ def kron(node: OpNode, flow: Flow) -> Axes:
     """``kron(a, b)``: every coordinate of one with every one of the other."""
     a, b = flow.of(node.tensor(0)), flow.of(node.tensor(1))
     return tuple(product((x, y)) for x, y in zip(a, b, strict=True))
+
+
+def solve(node: OpNode, flow: Flow) -> list[Axes | None]:
+    """``solve_triangular(a, b)``: the columns of ``b`` are solved one by one, the rest is mixed."""
+    a, b = flow.of(node.tensor(0)), flow.of(node.tensor(1))
+    for axis in (*a[-2:], b[-2]):
+        axis.fix(f"a system of equations mixes its coordinates ({flow.where(node)})")
+    lead = flow.broadcast([a[:-2], b[:-2]], node.out.shape[:-2])
+    return [(*lead, b[-2], b[-1]), *(None for _ in node.outputs[1:])]
+
+
+def mixed(node: OpNode, flow: Flow) -> list[Axes | None]:
+    """Inverses, decompositions, transforms: every coordinate takes part in every result."""
+    for value in node.inputs():
+        for axis in flow.of(value):
+            axis.fix(f"its coordinates are mixed ({flow.where(node)})")
+    return [
+        None if value is None else tuple(Axis(n, fixed="data") for n in value.shape)
+        for value in node.outputs
+    ]

@@ -53,7 +53,7 @@ def _conv(node: OpNode, flow: Flow, *, groups: int, transposed: bool) -> Axes:
     if transposed:
         full = flow.same(full, channels)
     if groups > 1:
-        group, inner = flow.factor(full, (groups, full.size // groups), where)
+        group, _ = flow.factor(full, (groups, full.size // groups), where)
         if transposed:
             made = product((group, part))
         else:

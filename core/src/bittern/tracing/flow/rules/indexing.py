@@ -86,9 +86,7 @@ def _advanced(
     shape = _made_shape(node, kept, first)
     known = [a for a in every if a]
     fits = known and all(len(a) <= len(shape) for a in known) and len(known) == len(every)
-    made = (
-        flow.broadcast(known, shape) if fits else tuple(Axis(n, fixed="data") for n in shape)
-    )
+    made = flow.broadcast(known, shape) if fits else tuple(Axis(n, fixed="data") for n in shape)
     return kept, made, first
 
 

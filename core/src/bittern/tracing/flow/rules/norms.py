@@ -23,14 +23,14 @@ def _channel(node: OpNode, flow: Flow, axis: Axis, positions: range) -> None:
 
 
 def batch_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
-    """``batch_norm`` and ``instance_norm(x, weight, bias, mean, var)``: nothing crosses channels."""
+    """``batch_norm(x, weight, bias, mean, var)``, ``instance_norm``: nothing crosses channels."""
     axes = flow.of(node.tensor(0))
     _channel(node, flow, axes[1], range(1, 5))
     return [axes, *((axes[1],) if v and len(v.shape) == 1 else None for v in node.outputs[1:])]
 
 
 def layer_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
-    """``layer_norm`` and ``rms_norm(x, shape, weight, bias)``: statistics over the last dimensions."""
+    """``layer_norm``, ``rms_norm(x, shape, weight, bias)``: statistics over the last dimensions."""
     axes = flow.of(node.tensor(0))
     count = len(node.args[1])
     for axis in axes[-count:]:
@@ -64,7 +64,7 @@ def softmax(node: OpNode, flow: Flow) -> Axes:
 
 
 def weight_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
-    """``_weight_norm(v, g, dim)``: ``g`` times the direction of ``v``, per coordinate of ``dim``."""
+    """``_weight_norm(v, g, dim)``: ``g`` times the direction of ``v``, per position of ``dim``."""
     v, g = flow.of(node.tensor(0)), flow.of(node.tensor(1))
     dim = node.arg(2, "dim", 0)
     if dim >= 0:
