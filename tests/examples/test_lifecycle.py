@@ -65,6 +65,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
     model, data = nn.Sequential(nn.Linear(8, 8)), [torch.randn(4, 8)]
     step("load", lambda tools: tools.load("somewhere"), refused=True)
+    step("trace", lambda tools: tools.trace(model, data[0]))
     plan = step("plan", lambda tools: tools.plan(model, "int8"))
     step("convert", lambda tools: tools.convert(model, plan))
     for name in ("calibrate", "evaluate"):
@@ -79,7 +80,7 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return heard
 
 
-STEPS = ["load", "plan", "convert", "calibrate", "evaluate", "export", "verify", "restore"]
+STEPS = ["load", "trace", "plan", "convert", "calibrate", "evaluate", "export", "verify", "restore"]
 
 
 def test_the_page_has_every_step(root: Path) -> None:
