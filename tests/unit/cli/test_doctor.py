@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +82,47 @@ def test_a_torch_that_does_not_import_is_an_ailment(bittern, monkeypatch):
     found = bittern("doctor", "--json")
     assert found.code == 1
     assert "torch cannot be imported" in found.json["problems"][0]
+
+
+RULE = """
+from bittern.records import ModuleRule
+
+@hookimpl
+def register_modules():
+    return [ModuleRule(target={target!r}, quantized=None)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("torch.nn:Linear", "the class is defined as 'torch.nn.modules.linear:Linear'"),
+        ("torch.nn.modules.linear:Wing", "does not resolve"),
+        ("wing_driver:Wing", "wing_driver cannot be imported: OSError: no libwing.so"),
+    ],
+)
+def test_a_rule_that_matches_nothing_is_an_ailment(bittern, install, target, why):
+    site = install("sick", RULE.format(target=target))
+    Path(site, "wing_driver.py").write_text("raise OSError('no libwing.so')")
+    found = bittern("doctor", "--json")
+    assert found.code == 1
+    (problem,) = found.json["problems"]
+    assert "bittern-sick 1.2" in problem
+    assert why in problem
+
+
+def test_a_rule_that_resolves_is_none(bittern, install):
+    install("well", RULE.format(target="torch.nn.modules.linear:Linear"))
+    assert bittern("doctor").code == 0
+
+
+def test_a_plugin_that_fails_when_asked_for_its_rules_is_an_ailment(bittern, install):
+    install("sick", "@hookimpl\ndef register_modules():\n    raise KeyError('lost')\n")
+    (problem,) = bittern("doctor", "--json").json["problems"]
+    assert problem == "plugin bittern-sick 1.2 failed in hook register_modules: KeyError: 'lost'"
+
+
+def test_the_environment_that_decides_about_plugins_is_shown(bittern, monkeypatch):
+    monkeypatch.setenv("BITTERN_STRICT_PLUGINS", "0")
+    assert bittern("doctor", "--json").json["environment"]["BITTERN_STRICT_PLUGINS"] == "0"
+    assert "BITTERN_STRICT_PLUGINS=0" in bittern("doctor").out

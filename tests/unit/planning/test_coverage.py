@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.planning import build_plan
-from bittern.records import ModelAdapter
+from bittern.records import ModelAdapter, ModuleRule
 from bittern.toolkit import Toolkit
 
 Make = Callable[..., nn.Module]
@@ -41,6 +41,16 @@ class Odd(nn.Module):
         self.drop = nn.Dropout()
         self.patched = nn.Linear(4, 4)
         self.patched.forward = lambda x: x  # type: ignore[method-assign]
+
+
+class Container(nn.Module):
+    """Matrices of its own, beside its children's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(4, 4))
+        self.listed = nn.ParameterList([nn.Parameter(torch.ones(4, 4)) for _ in range(4)])
+        self.odd = Odd()
 
 
 EVERYTHING = {"rules": [{"match": "*", "weight": "int8"}]}
@@ -77,6 +87,65 @@ def test_every_module_with_weights_is_quantized_or_skipped_with_a_reason(
 )
 def test_the_reason_says_why(module: str, reason: str, toolkit: Toolkit) -> None:
     assert reason in toolkit.plan(Odd(), EVERYTHING).skipped[module]
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", "int4", "fp8", "fp8-dynamic"])
+def test_with_a_shipped_recipe_lost_matrices_are_told_from_what_is_left_on_purpose(
+    recipe: str, toolkit: Toolkit
+) -> None:
+    skipped = toolkit.plan(Container(), recipe).skipped
+    unnamed = "no recipe rule names it"
+    lost = f"{unnamed}, and no plugin has a rule for"
+    assert skipped[""] == f"{lost} Container (which holds table)"
+    assert skipped["listed"] == f"{lost} ParameterList (which holds 0, 1, 2, ...)"
+    assert skipped["odd.attention"] == (
+        f"{lost} MultiheadAttention (which holds in_proj_weight, in_proj_bias)"
+    )
+    assert skipped["odd.recurrent"].startswith(f"{lost} LSTM (which holds weight_ih_l0, ")
+    assert skipped["odd.own"].startswith("Own overrides forward of Linear, and the rule of bittern")
+    assert "a rule for tests.unit.planning.test_coverage:Own" in skipped["odd.own"]
+    assert skipped["odd"] == skipped["odd.norm"] == skipped["odd.act"] == unnamed  # vectors
+
+
+def test_a_matrix_beside_the_slots_of_a_rule_is_reported(toolkit: Toolkit) -> None:
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.lora = nn.Parameter(torch.ones(4, 2))
+            self.scale = nn.Parameter(torch.ones(4))
+
+    plan = toolkit.plan(nn.Sequential(Adapted(), nn.Linear(4, 4)), "int8-weight-only")
+    assert plan.modules == ("0", "1")
+    assert plan.warnings == (
+        "0.lora stays as it is: the rule of bittern for torch.nn.modules.linear:Linear has no "
+        "slot for it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        ("torch.nn:Linear", "the class is defined as 'torch.nn.modules.linear:Linear'"),
+        ("torch.nn.modules.linear:Line", "torch.nn.modules.linear has no Line"),
+    ],
+)
+def test_a_rule_that_can_match_nothing_is_reported_by_its_plugins_name(
+    target: str,
+    why: str,
+    make_plugin: Callable[..., Any],
+    toolkit_with: Callable[..., Toolkit],
+    make_mlp: Make,
+) -> None:
+    rules = [
+        ModuleRule(target=name, quantized="bittern.nn.linear:QuantLinear")
+        for name in (target, "wing_not_installed:Linear")
+    ]
+    plugin = make_plugin("alpha", register_modules=lambda: rules)
+    plan = toolkit_with(plugin).plan(make_mlp(), "int8-weight-only")
+    assert plan.warnings == (
+        f"the rule of bittern-alpha 1.0 for {target} matches nothing: {why}; the plugin and its "
+        "framework do not fit, update one of them",
+    )
 
 
 def test_modules_that_no_rule_names_are_reported_too(toolkit: Toolkit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def doctor(ctx: click.Context) -> None:
     app = ctx.ensure_object(App)
     toolkit, refusal = app.lenient_toolkit()
     torch, gpus = _torch()
-    problems = _problems(toolkit)
+    problems = [*_problems(toolkit), *_rules(toolkit)]
     if refusal is not None:
         problems.insert(0, str(refusal))
     if torch["error"]:
@@ -48,6 +49,7 @@ def doctor(ctx: click.Context) -> None:
         "platform": platform.platform(),
         "torch": torch,
         "gpus": gpus,
+        "environment": _environment(),
         "plugins": [record_dict(r) for r in toolkit.plugins.records],
         "problems": problems,
     }
@@ -96,6 +98,33 @@ def _problems(toolkit: Toolkit) -> list[str]:
     return problems
 
 
+def _rules(toolkit: Toolkit) -> list[str]:
+    """Return what is wrong with the plugins' rules; their frameworks are imported to find out."""
+    from bittern.errors import BitternError
+    from bittern.registry.targets import resolve, why_dead
+
+    found = []
+    for hook in ("register_modules", "register_symbols", "register_trace_leaves"):
+        try:
+            rules = [(r.target, who) for r, who, core in toolkit.plugins.collect(hook) if not core]
+        except BitternError as error:
+            found.append(error.what)
+            continue
+        for target, who in rules:
+            try:
+                why = "" if target == "*" else resolve(target, plugin=who) and why_dead(target)
+            except BitternError as error:
+                found.append(error.what)
+                continue
+            if why:
+                found.append(f"the rule of {who} for {target} matches nothing: {why}")
+    return list(dict.fromkeys(found))
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith("BITTERN_")}
+
+
 def _show(app: App, found: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -109,6 +138,7 @@ def _show(app: App, found: dict[str, Any]) -> None:
         "platform": found["platform"],
         "torch": torch["error"] or f"{torch['version']}, CUDA {torch['cuda'] or 'none'}",
         "GPU": "\n".join(gpus) or "none",
+        "environment": "\n".join(f"{k}={v}" for k, v in found["environment"].items()) or "none",
     }
     for key, value in rows.items():
         table.add_row(key, escape(value))

@@ -16,7 +16,7 @@ from bittern.numerics import scale_shape
 from bittern.planning.match import Matcher
 from bittern.planning.specs import resolve_spec
 from bittern.records import ModelAdapter, ModuleRule, Plan, PlanEntry
-from bittern.registry import ClassTable, Match, Registry, nearest
+from bittern.registry import ClassTable, Match, NoMatch, Registry, nearest
 
 __all__ = ["build_plan"]
 
@@ -102,10 +102,12 @@ def build_plan(
             rule.usable = rule.usable or (path in rule.seen and usable)
             rule.leaf = rule.leaf or (path in rule.seen and (bearing or _childless(module)))
         if not any(spec is not None for spec, _ in wanted.values()):
-            if bearing:
-                skipped[path] = (
-                    "switched off by the recipe" if wanted else "no recipe rule names it"
-                )
+            if bearing and wanted:
+                skipped[path] = "switched off by the recipe"
+            elif bearing:
+                lost = not usable and _matrices(module)
+                why = f", and {_no_rule(match, module, cls)}" if lost else ""
+                skipped[path] = f"no recipe rule names it{why}"
             continue
         if skip is not None:
             if bearing:
@@ -113,8 +115,7 @@ def build_plan(
             continue
         if not isinstance(match, Match) or match.rule.quantized is None:
             if bearing:
-                reason = match.rule.reason if isinstance(match, Match) else match.reason
-                skipped[path] = reason or f"no plugin has a rule for {cls.__qualname__}"
+                skipped[path] = _no_rule(match, module, cls)
             continue
         if "forward" in vars(module):
             skipped[path] = (
@@ -126,8 +127,16 @@ def build_plan(
         if found:
             entries.extend(found)
             classes[path] = match.rule.quantized
+            held = {slot.tensor for slot in match.rule.slots}
+            warnings += [
+                f"{_at(path, name)} stays as it is: the rule of {match.plugin} for "
+                f"{match.rule.target} has no slot for it"
+                for name in _matrices(module)
+                if name not in held
+            ]
         elif bearing:
             skipped[path] = "no slot of the recipe fits it"
+    warnings += table.dead()
     _check_patterns([*rules, *skips], recipe, model, warnings)
     if not entries:
         raise PlanError(
@@ -158,6 +167,25 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if not isinstance(module, TensorQuantizer):
             yield path, module
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters that are worth quantizing: no vectors."""
+    return [name for name, p in module.named_parameters(recurse=False) if p.dim() > 1]
+
+
+def _at(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _no_rule(match: Match[ModuleRule] | NoMatch, module: nn.Module, cls: type) -> str:
+    """Return why no rule takes a module, and which weights that concerns."""
+    reason = match.rule.reason if isinstance(match, Match) else match.reason
+    if reason:
+        return reason
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"no plugin has a rule for {cls.__qualname__} (which holds {some})"
 
 
 def _childless(module: nn.Module) -> bool:
@@ -202,8 +230,9 @@ def _entries(
             try:
                 scale_shape(tensor.shape, whole.granularity)
             except NumericsError as error:
-                at = f"{path}.{name}" if path else name
-                raise RecipeError(f"{at}: {error.what}", where=label, hint=error.hint) from error
+                raise RecipeError(
+                    f"{_at(path, name)}: {error.what}", where=label, hint=error.hint
+                ) from error
         yield PlanEntry(
             module=path,
             slot=name,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from bittern.errors import PluginConflictError, PluginError
-from bittern.registry.targets import target_of
+from bittern.registry.targets import target_of, why_dead
 
 __all__ = ["ANY", "ClassTable", "Match", "NoMatch"]
 
@@ -72,6 +72,21 @@ class ClassTable(Generic[R]):
         for group in self._by_target.values():
             for rule, plugin, _ in group:
                 yield rule, plugin
+
+    def dead(self) -> list[str]:
+        """Return a warning for every plugin's rule that no class can match.
+
+        Only targets in modules that are imported are judged, so that asking costs nothing; a rule
+        for a framework that this process does not use is nobody's concern.
+        """
+        return [
+            f"the rule of {plugin} for {target} matches nothing: {why}; the plugin and its "
+            "framework do not fit, update one of them"
+            for target, group in self._by_target.items()
+            if (why := why_dead(target))
+            for _, plugin, builtin in group
+            if not builtin
+        ]
 
     def find(self, module: object, cls: type | None = None) -> Match[R] | NoMatch:
         """Return the rule for ``module``, or why there is none.
