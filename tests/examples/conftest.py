@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(`{3,})(\S*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
@@ -73,6 +74,7 @@ class Session:
     def __enter__(self) -> Session:
         self._modules = set(sys.modules)
         self._cwd = Path.cwd()
+        self._random = torch.random.get_rng_state()  # pages seed the global generator
         os.chdir(self.folder)
         sys.path[:0] = self.paths
         _fresh_toolkit()
@@ -80,6 +82,7 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         os.chdir(self._cwd)
+        torch.random.set_rng_state(self._random)
         for path in self.paths:
             sys.path.remove(path)
         for name in set(sys.modules) - self._modules:

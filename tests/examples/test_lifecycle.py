@@ -91,7 +91,7 @@ def test_the_page_has_every_step(root: Path) -> None:
 def test_a_step_calls_the_hooks_that_the_page_says(
     name: str, root: Path, heard: dict[str, list[str]]
 ) -> None:
-    assert heard[name] == said(root)[name]
+    assert heard[name] == said(root)[name], f"correct the line {name!r} in {PAGE}"
 
 
 def test_saving_and_reverting_call_none(heard: dict[str, list[str]]) -> None:
