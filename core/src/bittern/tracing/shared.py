@@ -18,6 +18,8 @@ def find_shared_inputs(graph: OpGraph) -> tuple[tuple[str, ...], ...]:
         pair = contraction(node)
         if pair is not None:
             activation, weight = pair
-            readers.setdefault(root(activation), {})[owner(weight.name)] = None
+            every = graph.names.get(weight.name, (weight.name,))
+            own = [n for n in every if n.rpartition(".")[0] == node.module]
+            readers.setdefault(root(activation), {})[owner((own or every)[0])] = None
     groups = dict.fromkeys(tuple(names) for names in readers.values() if len(names) > 1)
     return tuple(groups)

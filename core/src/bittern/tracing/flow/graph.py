@@ -113,6 +113,7 @@ class OpGraph:
     Attributes:
         nodes: In order of execution.
         stored: The parameters and buffers that were read, by name.
+        names: All names of a parameter that several modules share, by its first one.
         inputs: The example inputs.
         outputs: The tensors that the model returned.
         modules: Paths of the modules that ran.
@@ -125,6 +126,7 @@ class OpGraph:
 
     nodes: list[OpNode] = field(default_factory=list)
     stored: dict[str, Value] = field(default_factory=dict)
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     modules: set[str] = field(default_factory=set)

@@ -67,7 +67,7 @@ def record(
         NeedsValuesError: A fake run met something that depends on values.
     """
     graph = OpGraph(fake=fake)
-    with untouched(model), torch.inference_mode(), contextlib.ExitStack() as stack:
+    with untouched(model), _whole(), torch.inference_mode(), contextlib.ExitStack() as stack:
         mode = stack.enter_context(FakeTensorMode()) if fake else None
         recorder = _Recorder(model, graph, knows, leaf, mode)
         stack.enter_context(recorder.provenance())
@@ -86,6 +86,17 @@ def record(
         else:
             graph.outputs.extend(v for t in _tensors(outputs) if (v := recorder.known(t)))
     return graph
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Keep torch from fusing whole encoder layers into one operator, of which nothing is seen."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _depends_on_values(error: Exception) -> bool:
@@ -126,6 +137,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             for name, tensor in named:
                 self._store(name, tensor, kind)
+
+        first = {id(tensor): name for name, tensor in model.named_parameters()}
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            if name != first[id(tensor)]:
+                known = graph.names.get(first[id(tensor)], (first[id(tensor)],))
+                graph.names[first[id(tensor)]] = (*known, name)
 
     # --- tensors ---
 
