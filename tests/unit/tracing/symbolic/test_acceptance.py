@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bittern.tracing.symbolic import Analyzer, RobustTracer, analyze_symbols, match_dims
 
-from .helpers import check_permutations, followers, searchable
+from .helpers import check_widths, followers, searchable
 
 
 class Chain(nn.Module):
@@ -40,14 +40,14 @@ def test_each_output_of_a_linear_chain_is_tied_to_the_next_input():
     symbols = analyze_symbols(model)
     assert followers(symbols) == {f"{i}.out_features": {f"{i + 1}.in_features"} for i in range(4)}
     assert symbols.get_symbol(model[4], "out_features").is_constant
-    assert check_permutations(model, symbols, torch.randn(2, 3)) == 4
+    assert check_widths(model, symbols, torch.randn(2, 3)) == 4
 
 
 def test_a_residual_addition_makes_one_width():
     model = Chain(lambda m, x: m.c(m.a(x) + m.b(x)), a=conv(3, 8), b=conv(3, 8), c=conv(8, 4))
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"a.out_channels": {"b.out_channels", "c.in_channels"}}
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 def _tangled(m, x, add):
@@ -79,7 +79,7 @@ def test_several_additions_all_merge_onto_the_first_layer(add):
     assert followers(symbols) == {
         "c0.out_channels": {*(f"c{i}.out_channels" for i in (1, 2, 3)), "end.in_channels"}
     }
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 def test_a_sum_over_everything_makes_all_that_are_tied_constant():
@@ -123,7 +123,7 @@ def test_a_block_that_is_called_twice_ties_both_of_its_producers():
         "a.out_channels": {"b.out_channels", "block.0.in_channels"},
         "block.0.out_channels": {"block.1.num_features", "end.in_channels"},
     }
-    assert check_permutations(model, symbols, IMAGE) == 2
+    assert check_widths(model, symbols, IMAGE) == 2
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda c: nn.InstanceNorm2d(c, affine=True)])
@@ -131,7 +131,7 @@ def test_a_norm_follows_the_convolution(norm):
     model = nn.Sequential(conv(3, 8), norm(8), conv(8, 2))
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"0.out_channels": {"1.num_features", "2.in_channels"}}
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 def test_a_group_norm_keeps_the_order_of_the_channels():
@@ -149,7 +149,7 @@ def test_the_output_of_a_grouped_convolution_follows_its_input(groups, sortable)
         "0.out_channels": {"1.in_channels", "1.out_channels", "2.in_channels"}
     }
     assert symbols.get_symbol(model[0], "out_channels").is_sortable is sortable
-    assert check_permutations(model, symbols, IMAGE) == sortable
+    assert check_widths(model, symbols, IMAGE) == sortable
 
 
 def test_a_grouped_convolution_that_widens_is_a_boundary():
@@ -177,7 +177,7 @@ def test_a_module_with_data_dependent_branches_is_a_barrier_and_its_children_are
         "2.inside.0.out_channels": {"2.inside.1.in_channels"},
         "3.out_channels": {"4.in_channels"},
     }
-    assert check_permutations(model, symbols, IMAGE) == 3
+    assert check_widths(model, symbols, IMAGE) == 3
 
 
 def test_a_module_that_is_never_called_is_constant_and_named_in_a_warning():
@@ -213,7 +213,7 @@ def test_what_reads_a_concatenation_is_searchable_as_long_as_a_part_is():
     a, b = (symbols.get_symbol(module, "out_channels") for module in (model.a, model.b))
     reads = symbols.get_symbol(model.c, "in_channels")
     assert reads.parts == (a, b)
-    assert check_permutations(model, symbols, IMAGE) == 2
+    assert check_widths(model, symbols, IMAGE) == 2
     a.disable()
     assert reads.is_searchable
     b.disable()
@@ -238,7 +238,7 @@ def test_outputs_that_are_concatenated_and_added_are_tied_and_leave_nothing_in_t
         "c.in_channels",
         "d.in_channels",
     }
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 class Residual(nn.Module):
@@ -310,7 +310,7 @@ def test_batch_norm_takes_a_linear_of_the_same_size():
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"0.out_features": {"1.num_features", "2.in_features"}}
-    assert check_permutations(model, symbols, torch.randn(4, 3)) == 1
+    assert check_widths(model, symbols, torch.randn(4, 3)) == 1
 
 
 def test_batch_norm_over_another_dimension_of_a_linear_is_a_boundary():
@@ -333,7 +333,7 @@ def test_pooling_beside_the_width_passes(pool):
     model = Chain(lambda m, x: m.b(m.pool(m.a(x))), a=conv(3, 8), pool=pool, b=conv(8, 2))
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"a.out_channels": {"b.in_channels"}}
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 def test_pooling_over_the_width_is_a_boundary():
@@ -351,7 +351,7 @@ def test_reading_other_sizes_and_averaging_over_other_dimensions_passes():
     model = Chain(_read_sizes, a=conv(3, 8), b=conv(8, 2))
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"a.out_channels": {"b.in_channels"}}
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bittern.tracing.symbolic import Layout, analyze_symbols
 
-from .helpers import check_permutations, followers, searchable
+from .helpers import check_widths, followers, searchable
 from .test_acceptance import IMAGE, Chain, conv
 
 
@@ -33,7 +33,7 @@ def test_flattened_channels_reach_the_linear_as_consecutive_features(flatten):
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"a.out_channels": {"norm.num_features", "lin.in_features"}}
     assert symbols.get_symbol(model.lin, "in_features").layout == Layout("inner", 64)
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 def test_channels_last_reach_the_linear_as_strided_features():
@@ -44,7 +44,7 @@ def test_channels_last_reach_the_linear_as_strided_features():
     )
     symbols = analyze_symbols(model)
     assert symbols.get_symbol(model.lin, "in_features").layout == Layout("outer", 64)
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 def test_concatenated_channels_stay_apart_when_flattened():
@@ -59,14 +59,14 @@ def test_concatenated_channels_stay_apart_when_flattened():
         "a.out_channels": {"lin.in_features"},
         "b.out_channels": {"lin.in_features"},
     }
-    assert check_permutations(model, symbols, IMAGE) == 2
+    assert check_widths(model, symbols, IMAGE) == 2
 
 
 def test_a_norm_after_flattening_follows_too():
     model = nn.Sequential(conv(3, 8), nn.Flatten(), nn.BatchNorm1d(512), nn.Linear(512, 4))
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"0.out_channels": {"2.num_features", "3.in_features"}}
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_permutation_to_channels_last_and_back_is_followed():
         "lin1.out_features": {"lin2.in_features"},
         "lin2.out_features": {"b.in_channels"},
     }
-    assert check_permutations(model, symbols, IMAGE) == 3
+    assert check_widths(model, symbols, IMAGE) == 3
 
 
 def test_patches_become_tokens():
@@ -118,7 +118,7 @@ def test_patches_become_tokens():
     )
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"patch.out_channels": {"norm.num_features", "head.in_features"}}
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
 
 
 def test_a_layer_over_another_dimension_is_a_boundary():
@@ -165,7 +165,7 @@ def test_squeeze_and_excite_is_one_width(kind):
         "a.out_channels": {f"down.in_{last}", f"up.out_{last}", "b.in_channels"},
         f"down.out_{last}": {f"up.in_{last}"},
     }
-    assert check_permutations(model, symbols, IMAGE) == 2
+    assert check_widths(model, symbols, IMAGE) == 2
 
 
 def test_a_single_channel_that_is_repeated_stays_single():
@@ -202,7 +202,7 @@ def test_dense_connections_tie_every_layer_to_all_before_it():
     symbols = analyze_symbols(model)
     assert searchable(symbols) == {f"c{i}.out_channels" for i in range(4)}
     assert len(symbols.get_symbol(model.head, "in_features").parts) == 4
-    assert check_permutations(model, symbols, IMAGE) == 4
+    assert check_widths(model, symbols, IMAGE) == 4
 
 
 def test_concatenations_that_meet_piece_by_piece_are_tied_piece_by_piece():
@@ -217,7 +217,7 @@ def test_concatenations_that_meet_piece_by_piece_are_tied_piece_by_piece():
         "a.out_channels": {"c.out_channels", "end.in_channels"},
         "b.out_channels": {"d.out_channels", "end.in_channels"},
     }
-    assert check_permutations(model, symbols, IMAGE) == 2
+    assert check_widths(model, symbols, IMAGE) == 2
     model.c, model.d = conv(3, 6), conv(3, 4)
     assert searchable(analyze_symbols(model)) == set()
 
@@ -235,7 +235,7 @@ def test_a_layer_added_to_a_concatenation_becomes_one():
         "a.out_channels": {"c.out_channels", "d.in_channels"},
         "b.out_channels": {"c.out_channels", "d.in_channels"},
     }
-    assert check_permutations(model, symbols, IMAGE) == 2
+    assert check_widths(model, symbols, IMAGE) == 2
 
 
 def test_a_concatenation_with_what_is_no_layer_is_a_boundary():
@@ -264,7 +264,7 @@ def test_a_unet_joins_both_ways():
         "down2.out_channels": {"up.in_channels"},
         "up.out_channels": {"end.in_channels"},
     }
-    assert check_permutations(model, symbols, IMAGE) == 3
+    assert check_widths(model, symbols, IMAGE) == 3
 
 
 def test_modules_with_the_same_parameter_have_the_same_widths():
@@ -280,7 +280,7 @@ def test_modules_with_the_same_parameter_have_the_same_widths():
     assert followers(symbols) == {
         "a.out_features": {"c.out_features", "b.in_features", "b.out_features", "d.in_features"}
     }
-    assert check_permutations(model, symbols, torch.randn(2, 3)) == 1
+    assert check_widths(model, symbols, torch.randn(2, 3)) == 1
 
 
 def test_a_head_tied_to_the_embedding_has_its_width():
@@ -295,7 +295,7 @@ def test_a_head_tied_to_the_embedding_has_its_width():
     assert followers(symbols) == {
         "embed.embedding_dim": {"proj.in_features", "proj.out_features", "head.in_features"}
     }
-    assert check_permutations(model, symbols, torch.tensor([[1, 2, 3]])) == 1
+    assert check_widths(model, symbols, torch.tensor([[1, 2, 3]])) == 1
 
 
 class Holding(nn.Module):
@@ -324,7 +324,7 @@ def test_a_module_called_with_different_widths_ties_them():
     )
     symbols = analyze_symbols(model)
     assert followers(symbols) == {"a.out_features": {"b.out_features", "shared.in_features"}}
-    assert check_permutations(model, symbols, torch.randn(2, 3)) == 1
+    assert check_widths(model, symbols, torch.randn(2, 3)) == 1
 
 
 def test_a_module_also_called_with_the_input_makes_its_producer_constant():
@@ -341,7 +341,7 @@ def test_a_free_parameter_that_meets_a_width_is_a_boundary():
     model.scale = nn.Parameter(torch.ones(8))
     symbols = analyze_symbols(model)
     assert searchable(symbols) == set()
-    assert "a size that is fixed" in symbols.get_symbol(model.a, "out_features").reason
+    assert "`scale`" in symbols.get_symbol(model.a, "out_features").reason
     model.scale = nn.Parameter(torch.ones(1))
     assert searchable(analyze_symbols(model)) == {"a.out_features"}
 
@@ -352,7 +352,7 @@ def test_pieces_along_another_dimension_keep_the_width():
     )
     symbols = analyze_symbols(model)
     assert searchable(symbols) == {"a.out_channels"}
-    assert check_permutations(model, symbols, IMAGE) == 1
+    assert check_widths(model, symbols, IMAGE) == 1
     model.function = lambda m, x: m.b(torch.cat(m.a(x).chunk(2, dim=1)[::-1], dim=1))
     assert searchable(analyze_symbols(model)) == set()
 
@@ -375,4 +375,94 @@ def test_the_widths_of_a_gated_mlp_and_its_residual_stream():
         "1.gate.out_features",
         "2.gate.out_features",
     }
-    assert check_permutations(model, symbols, torch.tensor([[1, 5, 7]])) == 3
+    assert check_widths(model, symbols, torch.tensor([[1, 5, 7]])) == 3
+
+
+def _tokens(function, **modules):
+    return Chain(
+        function, embed=nn.Embedding(11, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, 3), **modules
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "followed"),
+    [
+        (lambda m, x: m.head(m.norm(m.embed(x)).mean(-2)), True),
+        (lambda m, x: m.head(m.norm(m.embed(x)).mean(-2, keepdim=True)), True),
+        (lambda m, x: m.head(m.norm(m.embed(x)).mean(1)), False),
+        (lambda m, x: m.head(m.norm(m.embed(x))[..., :]), True),
+        (lambda m, x: m.head(m.norm(m.embed(x))[:, 0]), False),
+        (lambda m, x: m.head(m.norm(m.embed(x)).permute(1, 0, 2)), True),
+        (lambda m, x: m.head(m.norm(m.embed(x)).transpose(0, 1)), False),
+        (lambda m, x: m.head(m.norm(m.embed(x)).transpose(-2, -3)), True),
+        (lambda m, x: m.head(m.norm(m.embed(x)).unsqueeze(0)), True),
+        (lambda m, x: m.head(torch.stack([m.norm(m.embed(x))])), False),
+    ],
+)
+def test_positions_are_understood_only_if_they_do_not_depend_on_the_rank(function, followed):
+    model = _tokens(function)
+    symbols = analyze_symbols(model)
+    assert searchable(symbols) == ({"embed.embedding_dim"} if followed else set())
+    assert check_widths(model, symbols, torch.tensor([[1, 2, 3]])) == followed
+
+
+def test_unpacking_the_sizes_tells_the_rank():
+    def run(m, x):
+        x = m.norm(m.embed(x))
+        b, t, _ = x.shape
+        heads = m.q(x).view(b, t, 2, -1).transpose(1, 2)
+        return m.head(x[:, 0] + x.mean(1)) + heads.sum()
+
+    model = _tokens(run, q=nn.Linear(8, 8))
+    symbols = analyze_symbols(model)
+    assert followers(symbols) == {
+        "embed.embedding_dim": {"norm.num_features", "q.in_features", "head.in_features"}
+    }
+    assert check_widths(model, symbols, torch.tensor([[1, 2, 3]])) == 1
+
+
+def test_every_operation_that_writes_elsewhere_is_seen():
+    def run(m, x):
+        y = m.a(x)
+        target = torch.empty_like(m.b(x))
+        torch.sigmoid(y, out=target)
+        return m.end(target)
+
+    model = Chain(run, a=conv(3, 8), b=conv(3, 8), end=conv(8, 2))
+    assert followers(analyze_symbols(model)) == {
+        "a.out_channels": {"b.out_channels", "end.in_channels"}
+    }
+
+    def cat(m, x):
+        target = torch.empty_like(m.b(x))
+        torch.cat([m.a(x)], 1, out=target)
+        return m.end(target)
+
+    model.function = cat
+    assert searchable(analyze_symbols(model)) == set()
+
+
+def test_pooling_that_returns_indices_is_a_boundary():
+    model = Chain(
+        lambda m, x: m.b(m.pool(m.a(x))[0]),
+        a=conv(3, 8),
+        pool=nn.MaxPool2d(2, return_indices=True),
+        b=conv(8, 2),
+    )
+    assert searchable(analyze_symbols(model)) == set()
+
+
+def test_a_module_that_is_reached_past_its_parent_from_an_untraceable_one_is_constant():
+    class Reaching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+
+        def forward(self, x):
+            x = self.inside(x) + self.inside[1](x)
+            return x if x.sum() > 0 else -x
+
+    model = Reaching()
+    symbols = analyze_symbols(model)
+    assert searchable(symbols) == set()
+    assert "cannot be traced" in symbols.get_symbol(model.inside[1], "in_features").reason

@@ -119,20 +119,16 @@ def _meet(step: Step, dims: list[Dim], position: int) -> Dim:
         step.walk.linker.block(narrow, f"{step.where} repeats its one channel")
         axes = [axis for axis in axes if axis.width != 1]
     if others:
-        what = "a size that is fixed" if isinstance(others[0], int) else "what is not a layer's"
-        origin = _origin(step, others[0])
-        reason = f"{step.where} brings it together with {origin or what}"
-        step.walk.linker.block(axes, reason)
+        step.walk.linker.block(axes, f"{step.where} brings it together with {_stranger(step)}")
         return others[0]
     step.join(axes)
     return axes[0]
 
 
-def _origin(step: Step, dim: Dim) -> str:
-    for value in values_of([step.args, step.kwargs]):
-        if isinstance(value, Shape) and isinstance(dim, Token) and dim.source == value.source:
-            return value.origin
-    return ""
+def _stranger(step: Step) -> str:
+    """Name the tensor whose dimensions are no widths."""
+    shapes = (value for value in values_of([step.args, step.kwargs]) if isinstance(value, Shape))
+    return next((s.origin for s in shapes if s.origin and not s.axes), "what is no layer's output")
 
 
 def elementwise() -> TableProcessor:

@@ -123,7 +123,11 @@ def _part(step: Step, shape: Shape, index: tuple[Any, ...]) -> Any:
     if not shape.axes:
         return Shape(step.node.name, origin=f"what {step.where} returns")
     used = [item for item in index if item is not None and item is not Ellipsis]
-    if shape.rank is None or any(not isinstance(i, int | slice) for i in used):
+    if (
+        shape.rank is None
+        or any(isinstance(i, bool) for i in used)
+        or any(not isinstance(i, int | slice) for i in used)
+    ):
         untouched = shape.rank is None and all(p < 0 for p, _ in shape.axes)
         if untouched and index and index[0] is Ellipsis and index[-1] == _ALL and len(index) == 2:
             return shape
@@ -190,10 +194,15 @@ def _without(step: Step, shape: Shape, reduced: Iterable[int], *, keep: bool) ->
     if any(isinstance(shape.dims.get(position), Axis) for position in positions):
         return step.boundary("reduces over the width")
     if shape.rank is None:
-        same_end = all((q < 0) == (p < 0) for q in positions for p, _ in shape.axes)
-        if not (same_end and keep):
+        if not all((q < 0) == (p < 0) for q in positions for p, _ in shape.axes):
             return step.boundary("reduces over what may be the width")
-        return shape.but(step.node.name, {**shape.dims, **dict.fromkeys(positions, 1)})
+        if keep:
+            return shape.but(step.node.name, {**shape.dims, **dict.fromkeys(positions, 1)})
+        if not all(p < 0 for p in (*positions, *shape.dims)):
+            return step.boundary("reduces a tensor of an unknown number of dimensions")
+        # Counted from the end, what is in front moves up.
+        moved = {p + sum(q > p for q in positions): d for p, d in shape.dims.items()}
+        return shape.but(step.node.name, moved)
     if keep:
         dims = {p: 1 if p in positions else shape.at(p) for p in range(shape.rank)}
         return shape.but(step.node.name, dims)

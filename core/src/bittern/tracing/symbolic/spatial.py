@@ -18,6 +18,8 @@ _ADAPTIVE = ("adaptive_avg_pool", "adaptive_max_pool")
 def _resized(step: Step, *, count: int | None, sizes: tuple[Any, ...] = ()) -> Any:
     """Change the last ``count`` dimensions; ``None`` stands for all but batch and channels."""
     first = step.first
+    if step.kwargs.get("return_indices") or getattr(step.target, "return_indices", False):
+        return step.boundary("returns indices too")
     if not isinstance(first, Shape) or axes_of([step.args[1:], step.kwargs]):
         return step.boundary()
     if first.rank is None:
@@ -62,7 +64,7 @@ def spatial() -> TableProcessor:
     groups: list[Any] = []
     for n in (1, 2, 3):
         names = [f"{name}{n}d" for name in _POOLS]
-        names += [f"_{name}" for name in names] + [f"{name}_with_indices" for name in names]
+        names += [f"_{name}" for name in names]
         classes = module_types(
             f"{''.join(w.title() for w in name.split('_'))}{n}d".replace("Lp", "LP")
             for name in _POOLS

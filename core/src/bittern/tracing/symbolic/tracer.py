@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.fx.proxy import ParameterProxy, TraceError
+from torch.fx.proxy import Attribute, ParameterProxy, TraceError
 
 from bittern.records import LeafRule
 from bittern.registry import ClassTable, Match
@@ -30,6 +30,9 @@ _UNPACK = dis.opmap["UNPACK_SEQUENCE"]
 class _Proxy(fx.Proxy):
     """Notes into how many names it is unpacked: ``b, t, c = x.shape`` says that ``x`` has three."""
 
+    def __getattr__(self, k: str) -> Attribute:
+        return _Attribute(self, k)
+
     def __iter__(self) -> Iterator[fx.Proxy]:
         frame = sys._getframe(1)
         code = frame.f_code.co_code
@@ -39,6 +42,10 @@ class _Proxy(fx.Proxy):
         assert isinstance(self.tracer, RobustTracer)
         self.tracer.unpacked[self.node] = count
         return (self[i] for i in range(count))  # type: ignore[index]
+
+
+class _Attribute(Attribute, _Proxy):
+    """An attribute of a traced value, ``x.shape``."""
 
 
 class RobustTracer(fx.Tracer):
