@@ -19,20 +19,30 @@ from bittern.hooks.discovery import CORE, PluginRecord, Status
 __all__ = ["check_probes", "check_requirements"]
 
 
-def check_requirements(record: PluginRecord) -> PluginRecord:
-    """Return ``record`` with a status if the core or the target framework does not fit."""
+def check_requirements(
+    record: PluginRecord, *, versions: dict[str, str | None] | None = None
+) -> PluginRecord:
+    """Return ``record`` with a status if the core or the target framework does not fit.
+
+    Args:
+        record: The plugin.
+        versions: Installed versions that were looked up already; looking one up scans the path.
+    """
+    versions = versions if versions is not None else {}
     for text in record.core:
         requirement = Requirement(text)
-        if not _satisfied(requirement):
+        if not _satisfied(requirement, __version__):
             return replace(
                 record,
                 status=Status.CORE_INCOMPATIBLE,
-                reason=f"needs {requirement}, but {CORE} {_version(CORE)} is installed",
+                reason=f"needs {requirement}, but {CORE} {__version__} is installed",
                 remedy=f"pip install -U {CORE} {record.distribution}",
             )
     for text in record.requirements:
         requirement = Requirement(text)
-        installed = _version(requirement.name)
+        if requirement.name not in versions:
+            versions[requirement.name] = _version(requirement.name)
+        installed = versions[requirement.name]
         if installed is None:
             return replace(
                 record,
@@ -40,7 +50,7 @@ def check_requirements(record: PluginRecord) -> PluginRecord:
                 reason=f"needs {requirement}, which is not installed",
                 remedy=f"pip install '{record.distribution}[target]'",
             )
-        if not _satisfied(requirement):
+        if not _satisfied(requirement, installed):
             return replace(
                 record,
                 status=Status.TARGET_INCOMPATIBLE,
@@ -96,10 +106,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _satisfied(requirement: Requirement) -> bool:
-    installed = _version(requirement.name)
-    if installed is None:
-        return False
+def _satisfied(requirement: Requirement, installed: str) -> bool:
     try:
         return requirement.specifier.contains(Version(installed), prereleases=True)
     except InvalidVersion:

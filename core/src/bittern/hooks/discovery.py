@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -179,8 +180,9 @@ def _plugins_of(dist: importlib.metadata.Distribution) -> list[PluginRecord]:
         return []
     name, version = _folder_name(dist)
     try:
-        name, version = dist.name or name, dist.version or version
-        requires = list(dist.requires or ())
+        metadata: Any = dist.metadata  # parsed anew by each property of the distribution
+        name, version = metadata["Name"] or name, metadata["Version"] or version
+        requires = metadata.get_all("Requires-Dist") or dist.requires or ()  # egg-info has a file
         entries = [entry for entry in dist.entry_points if entry.group == GROUP]
     except Exception as error:  # the parsers of the standard library raise anything
         reason = f"its metadata cannot be read: {type(error).__name__}: {error}"
@@ -196,6 +198,7 @@ def _plugins_of(dist: importlib.metadata.Distribution) -> list[PluginRecord]:
                 remedy=remedy,
             )
         ]
+    requirements = _parsed(requires)
     return [
         _named_badly(
             PluginRecord(
@@ -203,8 +206,8 @@ def _plugins_of(dist: importlib.metadata.Distribution) -> list[PluginRecord]:
                 distribution=name or entry.value,
                 version=version,
                 entry=entry.value.partition("[")[0].strip(),
-                requirements=_target_requirements(requires),
-                core=_core_requirements(requires),
+                requirements=_target_requirements(requirements),
+                core=_core_requirements(requirements),
             )
         )
         for entry in entries
@@ -267,25 +270,26 @@ def _parsed(requires: Iterable[str]) -> list[Requirement]:
     return found
 
 
-def _core_requirements(requires: Iterable[str]) -> tuple[str, ...]:
-    found = []
-    for requirement in _parsed(requires):
-        marker = requirement.marker
-        if marker is not None and not marker.evaluate({"extra": ""}):
-            continue
-        if canonicalize_name(requirement.name) == CORE:
-            requirement.marker = None
-            found.append(str(requirement))
-    return tuple(found)
+def _core_requirements(requirements: Iterable[Requirement]) -> tuple[str, ...]:
+    return tuple(
+        _bare(requirement)
+        for requirement in requirements
+        if canonicalize_name(requirement.name) == CORE
+        and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+    )
 
 
-def _target_requirements(requires: Iterable[str]) -> tuple[str, ...]:
-    found = []
-    for requirement in _parsed(requires):
-        marker = requirement.marker
-        if marker is None or "extra" not in str(marker):
-            continue
-        if marker.evaluate({"extra": "target"}) and not marker.evaluate({"extra": ""}):
-            requirement.marker = None
-            found.append(str(requirement))
-    return tuple(found)
+def _target_requirements(requirements: Iterable[Requirement]) -> tuple[str, ...]:
+    return tuple(
+        _bare(requirement)
+        for requirement in requirements
+        if (marker := requirement.marker) is not None
+        and "extra" in str(marker)
+        and marker.evaluate({"extra": "target"})
+        and not marker.evaluate({"extra": ""})
+    )
+
+
+def _bare(requirement: Requirement) -> str:
+    """Return a requirement without its marker."""
+    return str(requirement).partition(";")[0].strip()

@@ -65,6 +65,7 @@ class PluginManager:
         self._pm = pluggy.PluginManager(PROJECT)
         self._pm.add_hookspecs(specs)
         self._records: dict[tuple[str, str], PluginRecord] = {}
+        self._versions: dict[str, str | None] = {}
         if builtin is not None:
             self._pm.register(builtin, name=BUILTIN)
             for caller in self._pm.get_hookcallers(builtin) or ():
@@ -102,7 +103,7 @@ class PluginManager:
     def _load(self, record: PluginRecord) -> PluginRecord:
         if record.status is not Status.FOUND:
             return record
-        record = check_requirements(record)
+        record = check_requirements(record, versions=self._versions)
         if record.status is not Status.FOUND:
             return record
         return self._import(record, lambda: importlib.import_module(record.entry))
