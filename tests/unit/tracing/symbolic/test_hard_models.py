@@ -336,14 +336,59 @@ def test_a_module_also_called_with_the_input_makes_its_producer_constant():
     assert "the input `x`" in symbols.get_symbol(model.a, "out_features").reason
 
 
-def test_a_free_parameter_that_meets_a_width_is_a_boundary():
-    model = Chain(lambda m, x: m.b(m.a(x) * m.scale), a=nn.Linear(3, 8), b=nn.Linear(8, 2))
-    model.scale = nn.Parameter(torch.ones(8))
+class LayerScale(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+def test_a_parameter_that_meets_a_width_has_it():
+    model = Chain(
+        lambda m, x: m.b(m.scale(m.a(x)) + m.bias),
+        a=conv(3, 8),
+        scale=LayerScale(8, 1, 1),
+        b=conv(8, 2),
+    )
+    model.bias = nn.Parameter(torch.ones(1, 8, 8, 8))
+    symbols = analyze_symbols(model)
+    assert followers(symbols) == {
+        "a.out_channels": {"scale.gamma_dim0", "bias_dim1", "b.in_channels"}
+    }
+    assert len(list(symbols.named_symbols(free=True))) == 0
+    assert check_widths(model, symbols, IMAGE) == 1
+
+
+def test_a_parameter_of_another_size_or_place_is_a_boundary():
+    model = nn.Sequential(conv(3, 8), LayerScale(8), conv(8, 2))
+    symbols = analyze_symbols(model)
+    assert searchable(symbols) == {"0.out_channels"}
+    assert check_widths(model, symbols, IMAGE) == 1
+    model = nn.Sequential(nn.Linear(3, 8), LayerScale(8), nn.AvgPool1d(2), nn.Linear(4, 2))
     symbols = analyze_symbols(model)
     assert searchable(symbols) == set()
-    assert "`scale`" in symbols.get_symbol(model.a, "out_features").reason
-    model.scale = nn.Parameter(torch.ones(1))
-    assert searchable(analyze_symbols(model)) == {"a.out_features"}
+    assert not any("gamma" in name for name, _ in symbols.named_symbols())
+
+
+def test_a_weight_that_is_used_past_its_layer_makes_the_layer_constant():
+    model = Chain(
+        lambda m, x: F.linear(m.b(m.a(x)), m.c.weight) + m.d(m.c(m.e(x))),
+        a=nn.Linear(3, 8),
+        b=nn.Linear(8, 4),
+        c=nn.Linear(4, 8),
+        d=nn.Linear(8, 8),
+        e=nn.Linear(3, 4),
+    )
+    symbols = analyze_symbols(model)
+    assert searchable(symbols) == {"a.out_features"}
+    assert "`linear`" in symbols.get_symbol(model.c, "in_features").reason
+
+
+def test_a_penalty_on_a_weight_is_a_boundary():
+    model = Chain(lambda m, x: m.b(m.a(x)) + m.a.weight.sum(), a=nn.Linear(3, 8), b=nn.Linear(8, 2))
+    assert searchable(analyze_symbols(model)) == set()
 
 
 def test_pieces_along_another_dimension_keep_the_width():

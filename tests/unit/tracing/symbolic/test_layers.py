@@ -237,7 +237,7 @@ class Scale(nn.Module):
         self.width, self.weight = width, nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return x * self.weight
+        return x * self.weight.flip(0).flip(0)
 
 
 def scale_symbols(module):

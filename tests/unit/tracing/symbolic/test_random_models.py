@@ -41,7 +41,19 @@ class Random(nn.Module):
         self.tail = self.random.choice(["conv", "flat", "rows", "mean"])
         self.head = nn.Linear(widths[-1], 3)
 
-    odd = ("shuffle", "part", "swap", "split", "roundtrip", "channels", "spatial", "half", "where")
+    odd = (
+        "scale",
+        "position",
+        "shuffle",
+        "part",
+        "swap",
+        "split",
+        "roundtrip",
+        "channels",
+        "spatial",
+        "half",
+        "where",
+    )
 
     def _make(self, step, kind, width, other):
         layers = {
@@ -54,6 +66,10 @@ class Random(nn.Module):
             new = self.random.choice([2, 4, 4, 6])
             self.add_module(f"m{step}", nn.Conv2d(width, new, 3, padding=1))
             return new
+        if kind in ("scale", "position"):
+            shape = (width, 1, 1) if kind == "scale" else (1, width, SIDE, SIDE)
+            self.register_parameter(f"m{step}", nn.Parameter(torch.ones(shape)))
+            return width
         if kind in layers:
             self.add_module(f"m{step}", layers[kind]())
         return width + other if kind == "cat" else 2 * width if kind == "half" else width
@@ -61,7 +77,7 @@ class Random(nn.Module):
     def forward(self, x):
         values = [x]
         for step, (kind, a, b) in enumerate(self.steps):
-            layer = self._modules.get(f"m{step}")
+            layer = getattr(self, f"m{step}", None)
             values.append(self._step(kind, layer, values[a], values[b]))
         x = values[-1]
         if self.tail == "conv":
@@ -77,6 +93,10 @@ class Random(nn.Module):
         match kind:
             case "conv" | "norm" | "depthwise":
                 return layer(a)
+            case "scale":
+                return a * layer
+            case "position":
+                return a + layer
             case "act":
                 return F.gelu(a)
             case "add":

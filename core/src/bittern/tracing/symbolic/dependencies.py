@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from bittern.tracing.symbolic.collection import GraphCollection
 from bittern.tracing.symbolic.linking import Linker
+from bittern.tracing.symbolic.parameters import ParameterSymbols
 from bittern.tracing.symbolic.symmap import SymMap
 from bittern.tracing.symbolic.values import Axis, Shape, axes_of
 
@@ -127,6 +128,7 @@ class GraphDependencyProcessor:
         self.collection = collection
         self.symbols = symbols
         self.linker = Linker()
+        self.parameters = ParameterSymbols(symbols)
         self.root: nn.Module | None = None
         self.path = ""
         self.values: dict[fx.Node, Any] = {}
@@ -138,6 +140,7 @@ class GraphDependencyProcessor:
             self.root, self.path = root, self.symbols.name_of(root)
             for node in self.collection[root].nodes:
                 self.values[node] = self._process(Step(node, self))
+        self.parameters.close()
 
     def _process(self, step: Step) -> Any:
         for processor in self._processors:

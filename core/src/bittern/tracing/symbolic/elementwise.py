@@ -128,7 +128,7 @@ def _meet(step: Step, dims: list[Dim], position: int) -> Dim:
 def _stranger(step: Step) -> str:
     """Name the tensor whose dimensions are no widths."""
     shapes = (value for value in values_of([step.args, step.kwargs]) if isinstance(value, Shape))
-    return next((s.origin for s in shapes if s.origin and not s.axes), "what is no layer's output")
+    return next((s.origin for s in shapes if s.origin), "what is no layer's output")
 
 
 def elementwise() -> TableProcessor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bittern.tracing.symbolic.concat import concat
 from bittern.tracing.symbolic.dependencies import NodeProcessor, Step
@@ -34,13 +34,14 @@ class EndProcessor(NodeProcessor):
         name = f"{step.walk.path}.{step.target}" if step.walk.path else str(step.target)
         if step.node.op == "placeholder":
             return Shape(step.node.name, origin=f"the input `{name}`")
-        found: Any = step.walk.root
-        for part in str(step.target).split("."):
-            found = getattr(found, part, None)
-        sizes = getattr(found, "shape", None)
-        if sizes is None:
+        path, _, attribute = str(step.target).rpartition(".")
+        assert step.walk.root is not None
+        owner = step.walk.root.get_submodule(path)
+        found = getattr(owner, attribute, None)
+        if not isinstance(found, Tensor):
             return Shape(step.node.name, origin=f"`{name}`")
-        return Shape(step.node.name, len(sizes), dict(enumerate(sizes)), f"`{name}`")
+        dims = step.walk.parameters.dims(owner, attribute, found)
+        return Shape(step.node.name, found.dim(), dims, f"`{name}`")
 
 
 class SimpleModuleProcessor(NodeProcessor):

@@ -96,6 +96,10 @@ class SymMap:
         """Return what is known about a module, or ``None``."""
         return self._infos.get(module)
 
+    def knows(self, module: nn.Module) -> bool:
+        """Return whether the module is one of the model, and not inside one that speaks for it."""
+        return module in self._names
+
     def name_of(self, module: nn.Module) -> str:
         """Return the dotted path of a module; empty for the model itself."""
         return self._names.get(module, "")
@@ -120,7 +124,7 @@ class SymMap:
 
     def set_symbol(self, module: nn.Module, name: str, symbol: Symbol) -> None:
         """Replace or add one symbol of a module."""
-        self._infos[module].symbols[name] = symbol
+        self._infos.setdefault(module, SymInfo()).symbols[name] = symbol
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules with symbols, with their paths."""
