@@ -1,8 +1,9 @@
 """Directives that cut reference pages out of the code, so that they cannot go stale.
 
-``bittern-hooks`` documents the hooks whose names begin with the words given, ``bittern-cli`` shows
-the help text of a command, ``bittern-table`` lists what core registers, ``bittern-conformance`` the
-tests of a conformance class.
+- ``bittern-hooks``: the hooks whose names begin with the words given.
+- ``bittern-cli``: the help text of every command.
+- ``bittern-table``: what core registers in one table of the registry.
+- ``bittern-conformance``: a conformance class and its tests.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from sphinx.environment import BuildEnvironment
 from sphinx.ext.napoleon import Config, GoogleDocstring
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
+
+from bittern.cli.main import COMMANDS, make_cli
 
 WIDTH = 88  # columns of a help text
 SETTINGS = Config(napoleon_use_ivar=True, napoleon_use_rtype=False, napoleon_attr_annotations=False)
@@ -108,34 +111,34 @@ class Hooks(Generated):
 # --- the command line -----------------------------------------------------------------------------
 
 
-class CommandLine(Generated):
-    """The help text of a command of core, and of what is below it; of the root, only its own."""
+class CommandLine(SphinxDirective):
+    """The help text of ``bittern``, and a section for every command of core."""
 
-    def lines(self, argument: str) -> Iterator[str]:
-        """Yield the help texts as a terminal shows them."""
-        for text in help_texts(argument.split()):
-            yield ".. code-block:: text"
-            yield ""
-            for line in text.splitlines():
-                yield f"   {line}".rstrip()
-            yield ""
+    def run(self) -> list[nodes.Node]:
+        """Return the texts as a terminal shows them, without any plugin's commands."""
+        root = core_commands()
+        context = _context(root, None, "bittern")
+        found: list[nodes.Node] = [_terminal(root.get_help(context))]
+        for name in COMMANDS:
+            section = nodes.section(ids=[nodes.make_id(name)], names=[name])
+            section += nodes.title(text=name)
+            section += [_terminal(text) for text in _help_texts(root, context, name)]
+            self.state.document.note_implicit_target(section)
+            found.append(section)
+        return found
 
 
-def help_texts(path: list[str]) -> Iterator[str]:
-    """Yield what ``bittern ... --help`` says, without any plugin's commands."""
-    command: click.Command = core_commands()
-    context = _context(command, None, path[0])
-    for name in path[1:]:
-        assert isinstance(command, click.Group), f"{command.name} is no group"
-        found = command.get_command(context, name)
-        assert found is not None, f"there is no command {' '.join(path)}"
-        command, context = found, _context(found, context, name)
-    yield command.get_help(context)
-    if isinstance(command, click.Group) and len(path) > 1:
-        for name in command.list_commands(context):
-            below = command.get_command(context, name)
-            assert below is not None
-            yield below.get_help(_context(below, context, name))
+def _help_texts(group: click.Group, context: click.Context, name: str) -> Iterator[str]:
+    command = group.get_command(context, name)
+    assert command is not None
+    own = _context(command, context, name)
+    yield command.get_help(own)
+    for below in command.list_commands(own) if isinstance(command, click.Group) else ():
+        yield from _help_texts(command, own, below)
+
+
+def _terminal(text: str) -> nodes.literal_block:
+    return nodes.literal_block(text, text, language="text")
 
 
 def _context(command: click.Command, parent: click.Context | None, name: str) -> click.Context:
@@ -145,8 +148,6 @@ def _context(command: click.Command, parent: click.Context | None, name: str) ->
 
 def core_commands() -> click.Group:
     """Return the root group with core's commands only."""
-    from bittern.cli.main import make_cli
-
     root = make_cli()
     root._collected = True  # plugins are not asked
     return root
