@@ -9,7 +9,8 @@ from __future__ import annotations
 from tracing_zoo.convolutional import CONVOLUTIONAL
 from tracing_zoo.entry import Entry, Example
 from tracing_zoo.sequential import SEQUENTIAL
+from tracing_zoo.tricky import TRICKY
 
 __all__ = ["ZOO", "Entry", "Example"]
 
-ZOO = (*CONVOLUTIONAL, *SEQUENTIAL)
+ZOO = (*CONVOLUTIONAL, *SEQUENTIAL, *TRICKY)

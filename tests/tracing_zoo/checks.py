@@ -28,11 +28,13 @@ class Traced:
         subject: The model, its calls and outputs, in float64.
         untouched: Whether the trace left the twin as it was.
         trace: What is to be judged.
+        rigid: Whether nothing can be removed.
         removals: How removals were judged: ``equal``, or why they could not be.
     """
 
     def __init__(self, entry: Entry, tracer: Callable[[nn.Module, Mapping[str, Any]], Any]) -> None:
         example = entry.make()
+        self.rigid = entry.rigid
         self.subject = Subject(example.model, example.inputs, example.others)
         twin = entry.make().model.float()
         before = _state(twin)
@@ -87,7 +89,7 @@ def permutations(traced: Traced) -> Iterator[str]:
 def removals(traced: Traced) -> Iterator[str]:
     """Half of every group may be removed, and what is left computes as if it were zero."""
     groups = list(_groups(traced))
-    for group in groups:
+    for group in () if traced.rigid else groups:
         try:
             removal = remove(traced.subject, group, among=groups)
         except WRONG as error:

@@ -32,7 +32,7 @@ class Entry:
         build: Builds the model.
         inputs: Draws keyword arguments of a call.
         heavy: Not in the default run.
-        fresh: Parameters that keep the values they were built with.
+        rigid: Its code has sizes in it, so nothing can be removed.
     """
 
     name: str
@@ -40,18 +40,18 @@ class Entry:
     inputs: Inputs
     _: KW_ONLY
     heavy: bool = False
-    fresh: tuple[str, ...] = ()
+    rigid: bool = False
 
     def make(self) -> Example:
         """Build the same model every time."""
         torch.manual_seed(0)
         model = self.build().double().eval()
         generator = Generator().manual_seed(1)
-        randomize(model, generator, fresh=self.fresh)
+        randomize(model, generator)
         return Example(model, self.inputs(generator), self.inputs(generator))
 
 
-def randomize(model: nn.Module, generator: Generator, *, fresh: tuple[str, ...] = ()) -> None:
+def randomize(model: nn.Module, generator: Generator) -> None:
     """Give every parameter and running statistic values that no two channels share.
 
     A fresh model has norms of ones, biases of zeros and running statistics of a standard normal:
@@ -62,8 +62,6 @@ def randomize(model: nn.Module, generator: Generator, *, fresh: tuple[str, ...] 
         return torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
 
     for name, parameter in model.named_parameters():
-        if name.endswith(fresh) and fresh:
-            continue
         if parameter.ndim > 1 and name.endswith(("weight", "proj", "_ih_l0", "_hh_l0")):
             parameter.data = noise(parameter) / math.sqrt(parameter[0].numel())
         else:

@@ -25,7 +25,7 @@ from tracing_zoo.physics import GroupLike, Part, parts_of
 __all__ = ["HEAD_WIDTH", "Cut"]
 
 COUNT = re.compile(r"(^|_)(n|num|heads?|groups?)(_|$)")
-HEAD_WIDTH = re.compile(r"head_(dim|size)|dim_head|d_kv")
+HEAD_WIDTH = re.compile(r"(?<!all_)head_(dim|size)|dim_head|d_kv|rotary_n?dim")
 WIDTH = re.compile(rf"{HEAD_WIDTH.pattern}|(hidden|head)_size|embed|width|_dim$")
 
 
@@ -128,6 +128,7 @@ def _follow_tensors(module: nn.Module, kept: dict[str, dict[int, Tensor]], path:
     """Set the sizes of a class of torch from its tensors; say whether it is one."""
     weight = getattr(module, "weight", None)
     rows = kept.get(f"{path}.weight".lstrip("."), {})
+    rows = rows or kept.get(f"{path}.parametrizations.weight.original1", {})  # weight norm
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.Embedding):

@@ -47,7 +47,9 @@ class Masked(nn.Module):
     def __init__(self, norm: nn.Module, kept: Tensor, width: int) -> None:
         super().__init__()
         self.norm, self.kept, self.width = norm, kept, width
-        self.dim = 1 if isinstance(norm, CHANNELS_FIRST) else -1
+        first = getattr(norm, "data_format", "channels_last") == "channels_first"
+        self.dim = 1 if first or isinstance(norm, CHANNELS_FIRST) else -1
+        self.weight = norm.weight  # some ask its dtype
 
     def forward(self, *inputs: Any, **options: Any) -> Tensor:
         given = [x.index_select(self.dim, self.kept) if self._is_wide(x) else x for x in inputs]
@@ -66,23 +68,32 @@ def remove(
     """Remove half of a group and compare with the whole model whose channels are zero.
 
     Some classes want two groups of one size, although nothing couples them: keys as wide as values,
-    one direction of a recurrence as wide as the other. If nothing runs with one group cut, those in
-    the same modules that are as large (taken from ``among``) are cut too. If there is none, and the
-    group is as large as a head is wide, then the class alone stands in the way.
+    one direction of a recurrence as wide as the other. If nothing runs with one group cut, those
+    that have to be as large (taken from ``among``) are cut too. If there are none, and the group is
+    a part of every head, then the class alone stands in the way; so it does if it computes the
+    scale of its attention from the width of its heads.
 
     Raises:
         Exception: Whatever the smaller model raises, if its shapes do not fit.
     """
-    try:
-        return _best(subject, [group], seed)
-    except WRONG:
-        widths = _head_widths(subject.model, group)
-        groups = _with_siblings(group, among, widths)
-        if len(groups) > 1:
-            return _best(subject, groups, seed)
-        if any(width % group.size == 0 for width in widths):
-            return Removal(None, ("keys and values have one head width",))
-        raise
+    widths = _head_widths(subject.model, group)
+    together = _with_siblings(group, among, widths)
+    removal: Removal | None = None
+    failure: Exception | None = None
+    for groups in [[group], together] if len(together) > 1 else [[group]]:
+        try:
+            removal = _best(subject, groups, seed)
+        except WRONG as error:
+            failure = failure or error
+        else:
+            if removal.error is None or removal.error < SAME:
+                return removal
+    if any(_is_in_heads(group, width) for width in widths):
+        return Removal(None, ("the heads of the class have one width, or it sets their scale",))
+    if removal is None:
+        assert failure is not None
+        raise failure
+    return removal
 
 
 def _best(subject: Subject, groups: Sequence[GroupLike], seed: int) -> Removal:
@@ -117,6 +128,8 @@ def _remove(subject: Subject, groups: Sequence[GroupLike], seed: int, *, numbers
         zeroed = run(whole, call, tape=tape)
         outputs = run(small.model, call, tape=tape.rewound())
         assert [t.shape for t in outputs] == [t.shape for t in expected], "the outputs shrank"
+        if not all(t.isfinite().all() for t in zeroed):
+            without = (*without, "what computes a weight out of zeros")
         error = max(error, 0.0 if without else distance(zeroed, outputs))
     return Removal(None if without else error, without, len(groups) - 1)
 
@@ -145,22 +158,46 @@ def _zeroed(
 def _with_siblings(
     group: GroupLike, among: Sequence[GroupLike], widths: set[int]
 ) -> list[GroupLike]:
-    """Return a group and those that have to be as large, over however many steps.
+    """Return a group and those that have to lose as large a part, over however many steps.
 
-    A rotation has one angle for two coordinates of a head: such a group is half as large.
+    They are of one size and in the same modules; or they are other slices of one dimension (that a
+    model splits into halves, say); or, as a rotation has one angle for two coordinates of a head,
+    a part of a head is as large as theirs. The smallest comes first.
     """
-    found, reached = [group], _neighbourhood(group)
+    found = [group]
     grown = True
     while grown:
         grown = False
         for other in among:
-            large, small = max(other.size, group.size), min(other.size, group.size)
-            fits = large == small or (large in widths and large % small == 0)
-            if fits and all(other is not g for g in found) and reached & _neighbourhood(other):
+            if all(other is not g for g in found) and any(_belong(other, g, widths) for g in found):
                 found.append(other)
-                reached |= _neighbourhood(other)
                 grown = True
-    return found
+    return sorted(found, key=lambda g: g.size)
+
+
+def _belong(one: GroupLike, other: GroupLike, widths: set[int]) -> bool:
+    large, small = max(one.size, other.size), min(one.size, other.size)
+    if large % small:
+        return False
+    near = bool(_neighbourhood(one) & _neighbourhood(other))
+    return _are_slices(one, other) or (near and (large == small or large in widths))
+
+
+def _are_slices(one: GroupLike, other: GroupLike) -> bool:
+    rows = {(m.module, m.tensor, m.dim): set(m.index.flatten().tolist()) for m in one.members}
+    return any(
+        not rows[key] & set(member.index.flatten().tolist())
+        for member in other.members
+        if (key := (member.module, member.tensor, member.dim)) in rows
+    )
+
+
+def _is_in_heads(group: GroupLike, width: int) -> bool:
+    """Say whether a coordinate is one place, or a rotated pair of places, in each head."""
+    places = [{int(i) % width for i in member.index[0].tolist()} for member in group.members]
+    return group.size <= width and any(
+        len(p) <= 2 < len(m.index[0]) for p, m in zip(places, group.members, strict=True)
+    )
 
 
 def _neighbourhood(group: GroupLike) -> set[str]:

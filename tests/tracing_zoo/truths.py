@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tracing_zoo.physics import Subject, sharply
+from tracing_zoo.physics import MemberLike, Subject, sharply, tensor_of
 
 __all__ = ["FoldLike", "fold_error", "shared_inputs", "unexpected_shares"]
 
@@ -42,7 +42,8 @@ class FoldLike(Protocol):
 def shared_inputs(subject: Subject) -> set[frozenset[str]]:
     """Return the modules with a matrix that read the very same numbers in memory.
 
-    A view of all of a tensor is the same tensor; a tensor that was written to in between is not.
+    The same numbers in another shape are the same tensor, in another order they are not, nor is a
+    tensor that was written to in between.
     """
     readers: dict[tuple[int, ...], set[str]] = {}
     alive: list[Tensor] = []  # or an address would be used twice
@@ -52,7 +53,8 @@ def shared_inputs(subject: Subject) -> set[frozenset[str]]:
             tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             for tensor in tensors[: _inputs_of(module)]:
                 alive.append(tensor)
-                place = (tensor.data_ptr(), tensor.numel(), tensor._version)
+                layout = () if tensor.is_contiguous() else (*tensor.shape, *tensor.stride())
+                place = (tensor.data_ptr(), tensor.numel(), tensor._version, *layout)
                 readers.setdefault(place, set()).add(path)
 
         return hook
@@ -104,25 +106,55 @@ def unexpected_shares(
 def fold_error(subject: Subject, fold: FoldLike, *, seed: int = 0) -> float:
     """Return how much the output changes if a scale moves from the consumers to the producer.
 
-    The producer's channels (rows of its tensor and its bias) are multiplied by random positive
-    numbers and the consumers' columns divided by them. A consumer with more columns than there are
-    channels reads them repeated, in blocks of some size: the best size counts, per consumer.
+    Random positive numbers multiply the rows of what the fold says is scaled, and divide the rows
+    of what it says is divided. A fold that does not say (written by hand) scales the rows of its
+    tensor and its bias, and divides columns: a consumer with more columns than there are channels
+    reads them repeated, in blocks of some size, and the best size counts.
     """
+    generator = Generator().manual_seed(seed)
+    scaled, divided = getattr(fold, "scaled", ()), getattr(fold, "divided", ())
+    if scaled:
+        scale = _scales(len(scaled[0].index), generator)
+        changes = (
+            change
+            for members, by in ((scaled, scale), (divided, 1 / scale))
+            for change in _multiplied(subject.model, members, by)
+        )
+        return subject.changed(changes)
     producer = subject.model.get_submodule(fold.producer)
     weight = getattr(producer, fold.tensor)
     dim = fold.dim % weight.ndim
-    generator = Generator().manual_seed(seed)
-    # Far enough from 1 that a clipped activation is met.
-    scale = (6 * torch.rand(weight.shape[dim], generator=generator, dtype=weight.dtype) - 3).exp()
-    changes = [(weight, weight * _along(scale, weight, dim))]
+    scale = _scales(weight.shape[dim], generator)
+    fixed = [(weight, weight * _along(scale, weight, dim))]
     bias = getattr(producer, "bias", None)
     if isinstance(bias, Tensor) and bias is not weight:
-        changes.append((bias, bias * scale))
+        fixed.append((bias, bias * scale))
     blocks = [n for n in range(1, len(scale) + 1) if len(scale) % n == 0]
     return min(
-        subject.changed([*changes, *_divided(subject.model, fold, scale, block)])
+        subject.changed([*fixed, *_divided(subject.model, fold, scale, block)])
         for block in (blocks if _repeats(subject.model, fold, len(scale)) else blocks[:1])
     )
+
+
+def _scales(count: int, generator: Generator) -> Tensor:
+    """Return numbers far enough from 1 that a clipped activation is met."""
+    return (6 * torch.rand(count, generator=generator, dtype=torch.float64) - 3).exp()
+
+
+def _multiplied(
+    model: nn.Module, members: Iterable[MemberLike], scale: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Multiply each tensor dimension once, however many names it has."""
+    done: set[tuple[int, int, tuple[int, ...]]] = set()
+    for member in members:
+        tensor, index = tensor_of(model, member), torch.as_tensor(member.index)
+        dim = member.dim % tensor.ndim
+        key = (id(tensor), dim, tuple(index.flatten().tolist()))
+        if key not in done:
+            done.add(key)
+            factors = torch.ones(tensor.shape[dim], dtype=tensor.dtype)
+            factors[index.flatten()] = scale.repeat_interleave(index.shape[1])
+            yield tensor, tensor * _along(factors, tensor, dim)
 
 
 def _repeats(model: nn.Module, fold: FoldLike, channels: int) -> bool:

@@ -1,7 +1,8 @@
 """Causal language models of transformers, tiny and from scratch.
 
 The sizes of one model differ from each other, so that a number in a module says what it counts: 12
-heads on 4 key heads of 10, hidden 36, intermediate 22, 7 experts of 17.
+heads on 4 key heads of 10, hidden 36, intermediate 22, 7 experts of 20 (which
+have to be multiples of 4).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ NARROW: dict[str, Any] = {  # for those whose heads make up the hidden size
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
-EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 17}
+EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 
 def decoder(name: str, model: type, config: type, *, heavy: bool = False, **options: Any) -> Entry:
@@ -58,16 +59,16 @@ DECODERS = (
     decoder("qwen3_moe", tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig,
             **WIDTHS, **EXPERTS, num_experts=7, norm_topk_prob=True, mlp_only_layers=[1]),
     decoder("mixtral", tf.MixtralForCausalLM, tf.MixtralConfig,
-            **WIDTHS, num_local_experts=7, num_experts_per_tok=2),
+            **{**WIDTHS, "intermediate_size": 20}, num_local_experts=7, num_experts_per_tok=2),
     decoder("gpt_oss", tf.GptOssForCausalLM, tf.GptOssConfig,
-            **WIDTHS, num_local_experts=7, num_experts_per_tok=2, sliding_window=4,
-            layer_types=["sliding_attention", "full_attention"]),
+            **{**WIDTHS, "intermediate_size": 20}, num_local_experts=7, num_experts_per_tok=2,
+            sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
     decoder("deepseek_v3", tf.DeepseekV3ForCausalLM, tf.DeepseekV3Config,
-            **{**NARROW, "num_attention_heads": 4, "num_key_value_heads": 4,
-               "num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 8,
-               "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
-               "moe_intermediate_size": 17, "q_lora_rank": 15, "kv_lora_rank": 13,
-               "qk_nope_head_dim": 7, "qk_rope_head_dim": 6, "v_head_dim": 11}),
+            **{**NARROW, "num_key_value_heads": 4, "first_k_dense_replace": 1,
+               "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+               "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+               "q_lora_rank": 15, "kv_lora_rank": 17, "qk_nope_head_dim": 7,
+               "qk_rope_head_dim": 6, "v_head_dim": 11}),
     decoder("gemma3", tf.Gemma3ForCausalLM, tf.Gemma3TextConfig, **{
         **WIDTHS, "tie_word_embeddings": True, "sliding_window": 4,
         "layer_types": ["sliding_attention", "full_attention"]}),
@@ -87,13 +88,14 @@ DECODERS = (
             **COMMON, hidden_size=24, ffn_dim=22, num_hidden_layers=2, num_attention_heads=4,
             word_embed_proj_dim=14, max_position_embeddings=32),
     decoder("phi", tf.PhiForCausalLM, tf.PhiConfig, **{
-        **NARROW, "hidden_size": 40, "partial_rotary_factor": 0.4}),
+        **NARROW, "hidden_size": 30, "num_attention_heads": 3, "partial_rotary_factor": 0.4}),
     decoder("phi3", tf.Phi3ForCausalLM, tf.Phi3Config, heavy=True, **{
         **WIDTHS, "hidden_size": 120, "num_hidden_layers": 1}),
     decoder("bloom", tf.BloomForCausalLM, tf.BloomConfig,
             **COMMON, hidden_size=24, n_layer=2, n_head=4),
     decoder("gpt_neox", tf.GPTNeoXForCausalLM, tf.GPTNeoXConfig, **{
-        **NARROW, "hidden_size": 40, "rotary_pct": 0.4, "use_parallel_residual": True}),
+        **NARROW, "hidden_size": 30, "num_attention_heads": 3, "rotary_pct": 0.4,
+        "use_parallel_residual": True}),
     decoder("cohere", tf.CohereForCausalLM, tf.CohereConfig, **{
         **WIDTHS, "hidden_size": 120, "num_hidden_layers": 1, "use_qk_norm": True}),
     decoder("olmo2", tf.Olmo2ForCausalLM, tf.Olmo2Config, heavy=True, **{
@@ -108,10 +110,10 @@ DECODERS = (
             **COMMON, hidden_size=24, num_layers=2, num_heads=4, intermediate_size=22,
             attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=32),
     decoder("gptj", tf.GPTJForCausalLM, tf.GPTJConfig, heavy=True,
-            **COMMON, n_embd=40, n_layer=2, n_head=4, n_positions=32, n_inner=22, rotary_dim=4),
+            **COMMON, n_embd=30, n_layer=2, n_head=3, n_positions=32, n_inner=22, rotary_dim=4),
     decoder("starcoder2", tf.Starcoder2ForCausalLM, tf.Starcoder2Config, heavy=True, **{
         **WIDTHS, "hidden_size": 120, "num_hidden_layers": 1}),
     decoder("granite_moe", tf.GraniteMoeForCausalLM, tf.GraniteMoeConfig, heavy=True, **{
-        **WIDTHS, "hidden_size": 120, "num_hidden_layers": 1,
+        **WIDTHS, "hidden_size": 120, "intermediate_size": 20, "num_hidden_layers": 1,
         "num_local_experts": 7, "num_experts_per_tok": 2}),
 )  # fmt: skip

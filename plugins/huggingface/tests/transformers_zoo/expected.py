@@ -54,7 +54,7 @@ def rotary(*, normed: bool = False, moe: tuple[int, ...] = (), experts: str = "m
         if i in moe:
             e = f"{layer}.{experts}"
             residual += [f"{e}.gate_up_proj:2", f"{e}.down_proj:1", f"{layer}.{router}.weight:1"]
-            groups.append(axis(17, [at(f"{e}.gate_up_proj", 1, "2 n"), at(f"{e}.down_proj", 2)]))
+            groups.append(axis(20, [at(f"{e}.gate_up_proj", 1, "2 n"), at(f"{e}.down_proj", 2)]))
         else:
             gate, up, down = (f"{m}.{p}_proj.weight" for p in ("gate", "up", "down"))
             residual += [f"{gate}:1", f"{up}:1", f"{down}:0"]

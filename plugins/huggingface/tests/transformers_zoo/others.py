@@ -95,7 +95,7 @@ OTHERS = (
     text("electra", tf.ElectraForSequenceClassification, tf.ElectraConfig, heavy=True,
          **ENCODER, embedding_size=14),
     text("deberta_v2", tf.DebertaV2ForSequenceClassification, tf.DebertaV2Config, heavy=True,
-         **ENCODER, relative_attention=True, position_buckets=4, pos_att_type=["p2c", "c2p"]),
+         **ENCODER, relative_attention=True, position_buckets=5, pos_att_type=["p2c", "c2p"]),
     text("modernbert", tf.ModernBertForSequenceClassification, tf.ModernBertConfig, heavy=True,
          **ENCODER, global_attn_every_n_layers=2, local_attention=4),
     both("t5", tf.T5ForConditionalGeneration, tf.T5Config,
@@ -145,6 +145,6 @@ OTHERS = (
     Entry("clip", clip, clip_inputs),
     Entry("wav2vec2", lambda: tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(
         **{**ENCODER, "num_hidden_layers": 1}, conv_dim=(6, 10), conv_kernel=(10, 3),
-        conv_stride=(5, 2), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        conv_stride=(5, 2), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=3,
         num_feat_extract_layers=2, feat_extract_norm="group")), waves, heavy=True),
 )  # fmt: skip
