@@ -416,5 +416,5 @@ def test_the_analyzer_names_the_symbols_of_a_module_and_every_reason():
     assert analyzer.reasons == {
         "depth": "no block only adds to what goes in",
         "0.in_channels": "0 (Conv2d) reads the input `input`",
-        "1.out_channels": "`output` of the model must keep its width",
+        "1.out_channels": "the model returns it",
     }

@@ -227,3 +227,41 @@ def test_the_work_grows_with_the_number_of_blocks(block):
         for n in (10, 100)
     )
     assert many < 11 * few
+
+
+class Unregistered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.known = [nn.Linear(4, 4)], nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.known(self.hidden[0](x))
+
+
+class Wild(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, *xs, **options):
+        return self.a(xs[0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Unregistered(),
+        Wild(),
+        nn.Module(),
+        nn.Sequential(),
+        nn.ModuleList([nn.Linear(2, 3)]),
+        nn.Linear(2, 3),
+        nn.TransformerEncoderLayer(8, 2, 16),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_nothing_is_searchable_and_nothing_raised_where_little_can_be_known(model):
+    symbols = analyze_symbols(model)
+    assert all(s.is_constant for _, s in symbols.named_symbols() if s.is_cross_layer)
+    assert all(s.reason for _, s in symbols.named_symbols(constant=True))
+    assert not list(symbols.named_symbols(free=True))

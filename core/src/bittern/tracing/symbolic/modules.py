@@ -39,7 +39,7 @@ class SymbolModuleProcessor(NodeProcessor):
             if symbol.is_incoming:
                 incoming.setdefault(symbol.argument, []).append(symbol)
         read: dict[Symbol, Axis] = {}
-        arguments = _arguments(step, module, incoming)
+        arguments = _arguments(step, module)
         for position, symbols in incoming.items():
             value = arguments.pop(position, None)
             if value is not None:
@@ -106,10 +106,9 @@ def _match(symbols: list[Symbol], shape: Shape) -> dict[Symbol, Axis]:
 def _output(step: Step, info: SymInfo, first: Shape, widths: dict[Symbol, Axis]) -> Shape:
     """Return the output's shape: its widths, and what it takes over from the first argument."""
     keeps = info.is_shape_preserving or info.kept_dims != "none"
-    ranks = {first.rank if keeps else None} | {rank_of(out.elastic_dims) for out in widths}
-    rank = next((rank for rank in sorted(filter(None, ranks))), None)
-    if keeps and first.rank is not None:
-        rank = first.rank
+    rank = first.rank if keeps else None
+    if rank is None:
+        rank = next(filter(None, (rank_of(out.elastic_dims) for out in widths)), None)
     dims: dict[int, Dim] = {}
     for out, axis in widths.items():
         names = sorted(out.elastic_dims)
@@ -117,17 +116,14 @@ def _output(step: Step, info: SymInfo, first: Shape, widths: dict[Symbol, Axis])
             dims |= dict.fromkeys(names, axis)
         else:
             dims[names[0] % rank] = axis
-    if keeps and first.rank == rank and rank is not None:
-        limit = rank if info.kept_dims != "leading" else min(dims)
-        for position in range(limit):
-            dims.setdefault(position, first.at(position))
-    elif info.kept_dims == "leading" and rank is not None:
-        for position in range(min(dims)):
+    if keeps and rank is not None:
+        every = first.rank is not None and info.kept_dims != "leading"
+        for position in range(rank if every else min(dims)):
             dims.setdefault(position, first.at(position))
     return Shape(step.node.name, rank, dims, f"what {step.where} returns")
 
 
-def _arguments(step: Step, module: nn.Module, incoming: dict[int, list[Symbol]]) -> dict[int, Any]:
+def _arguments(step: Step, module: nn.Module) -> dict[int, Any]:
     """Return the values of the arguments of ``forward`` by position."""
     found = dict(enumerate(step.args))
     if step.kwargs:

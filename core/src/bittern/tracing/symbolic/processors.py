@@ -14,7 +14,7 @@ from bittern.tracing.symbolic.indexing import indexing
 from bittern.tracing.symbolic.modules import SymbolModuleProcessor
 from bittern.tracing.symbolic.reshape import reshape
 from bittern.tracing.symbolic.spatial import spatial
-from bittern.tracing.symbolic.values import Shape
+from bittern.tracing.symbolic.values import Shape, axes_of
 
 __all__ = ["EndProcessor", "SimpleModuleProcessor", "builtin_processors"]
 
@@ -28,12 +28,15 @@ class EndProcessor(NodeProcessor):
 
     def process(self, step: Step) -> Any:
         """Make what leaves the graph constant."""
+        outside = " a module that cannot be traced" if step.walk.path else ""
         if step.node.op == "output":
-            step.boundary(f"of {step.walk.path or 'the model'} must keep its width")
+            what = f"{step.walk.path} returns it to" if step.walk.path else "the model returns it"
+            step.walk.linker.block(axes_of(step.args), what + outside)
             return None
         name = f"{step.walk.path}.{step.target}" if step.walk.path else str(step.target)
         if step.node.op == "placeholder":
-            return Shape(step.node.name, origin=f"the input `{name}`")
+            origin = f"the input `{name}`" + (f" from{outside}" if outside else "")
+            return Shape(step.node.name, origin=origin)
         path, _, attribute = str(step.target).rpartition(".")
         assert step.walk.root is not None
         owner = step.walk.root.get_submodule(path)

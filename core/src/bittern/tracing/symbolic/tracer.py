@@ -54,9 +54,14 @@ class RobustTracer(fx.Tracer):
     What it finds out about modules (visited, failed) adds up over all its traces.
 
     Args:
-        leaves: Further classes that must not be entered; torch's own layers never are.
+        leaves: Further classes that must not be entered; torch's own single layers never are.
         is_leaf: Further modules that must not be entered.
         skip: Modules that hand on their first argument instead of running.
+
+    Attributes:
+        unpacked: Nodes to the number of names that ``forward`` unpacks them into.
+        spans: Modules to the first argument and the result of every call, where both are tensors.
+        reached_into: Modules that one that failed called past its own children.
     """
 
     def __init__(
@@ -152,7 +157,9 @@ class RobustTracer(fx.Tracer):
             return True
         if self._leaves is not None and isinstance(self._leaves.find(m), Match):
             return True
-        return super().is_leaf_module(m, module_qualified_name)
+        # torch's transformer layers are made of layers, the others are not.
+        composite = type(m).__module__ == "torch.nn.modules.transformer"
+        return not composite and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self,
