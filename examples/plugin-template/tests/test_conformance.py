@@ -38,8 +38,8 @@ class TestModules(ModuleConformance):
         return [
             ModuleCase("linear", make=lambda: Linear(32, 16), inputs=normal(8, 32)),
             ModuleCase(
-                "fused-relu",
-                make=lambda: Linear(16, 24, bias=False, activation="relu"),
+                "fused-swish",
+                make=lambda: Linear(16, 24, bias=False, activation="swish"),
                 inputs=normal(2, 3, 16),
             ),
             ModuleCase("dot-product", make=DotProduct, inputs=normal(2, 4, 8, count=3)),

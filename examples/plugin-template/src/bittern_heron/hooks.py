@@ -7,7 +7,15 @@ when a model has such a class.
 from __future__ import annotations
 
 from bittern.hooks import hookimpl
-from bittern.records import Exporter, LeafRule, ModuleRule, RecipeSource, Slot, SymbolRule
+from bittern.records import (
+    Exporter,
+    LeafRule,
+    ModuleRule,
+    OpRule,
+    RecipeSource,
+    Slot,
+    SymbolRule,
+)
 
 LINEAR = "heron_framework.layers:Linear"
 DOT_PRODUCT = "heron_framework.attention:DotProduct"
@@ -37,13 +45,19 @@ def register_modules() -> list[ModuleRule]:
 @hookimpl
 def register_symbols() -> list[SymbolRule]:
     """What the dimensions of the linear layer are to the rest of a model."""
-    return [SymbolRule(target=LINEAR, symbols="bittern_heron.symbols:linear_symbols")]
+    return [SymbolRule(target=LINEAR, symbols="bittern_heron.tracing:linear_symbols")]
 
 
 @hookimpl
 def register_trace_leaves() -> list[LeafRule]:
     """The attention's core looks at its data, so a tracer must not enter it."""
     return [LeafRule(target=DOT_PRODUCT, reason="its kernel depends on the data")]
+
+
+@hookimpl
+def register_trace_ops() -> list[OpRule]:
+    """The framework's own activation keeps the dimensions of what it reads."""
+    return [OpRule(op="heron_framework.swish.default", flow="bittern_heron.tracing:elementwise")]
 
 
 @hookimpl

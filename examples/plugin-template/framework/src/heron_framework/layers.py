@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "gelu": F.gelu}
+from heron_framework.ops import swish
+
+ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "swish": swish}
 
 
 class Linear(nn.Module):

@@ -15,7 +15,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(width, heads)
         self.norm = nn.LayerNorm(width)
-        self.up = Linear(width, 2 * width, activation="gelu")
+        self.up = Linear(width, 2 * width, activation="swish")
         self.down = Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
