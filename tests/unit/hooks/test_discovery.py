@@ -266,7 +266,8 @@ def test_an_unknown_argument_fails_the_plugin_as_a_whole(
     record = record_of(plugins, "alpha")
 
     assert record.status is Status.FAILED
-    assert "weather" in record.reason
+    assert record.reason == "the hook after_convert has no argument 'weather', it has model, plan"
+    assert "PluginValidationError" in record.traceback
     list(plugins.collect("register_formats"))  # none of its hooks is called
     plugins.notify("after_convert", model=None, plan=None)
     assert plugins.implementations("after_convert") == ()

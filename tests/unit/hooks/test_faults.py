@@ -217,6 +217,29 @@ def test_an_unknown_hook_that_is_marked_optional_is_no_ailment(
     assert (record.status, record.hooks) == (Status.LOADED, ())
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("register_module", " (did you mean register_modules?)"), ("make_coffee", "")],
+)
+def test_a_misspelled_hook_names_the_nearest(
+    name: str, meant: str, install: Install, manager: Manager
+) -> None:
+    install("alpha", FORMATS.replace("register_formats", name))
+    (record,) = manager().records
+    assert record.status is Status.PARTIAL
+    assert record.reason == f"this version of bittern has no hook {name}{meant}"
+
+
+def test_a_wrapper_that_is_no_generator_fails_in_one_line(
+    install: Install, manager: Manager
+) -> None:
+    install("alpha", FORMATS.replace("@hookimpl", "@hookimpl(wrapper=True)"))
+    (record,) = manager().records
+    assert record.status is Status.FAILED
+    assert "is not a generator function" in record.reason
+    assert "\n" not in record.reason
+
+
 def test_a_required_plugin_of_two_with_its_name_is_judged_by_the_one_that_is_not_blocked(
     install: Install, manager: Manager
 ) -> None:

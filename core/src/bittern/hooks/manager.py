@@ -28,6 +28,7 @@ from bittern.hooks.discovery import (
 )
 from bittern.hooks.files import file_record, load_file
 from bittern.hooks.markers import PROJECT
+from bittern.hooks.misfits import misfit, no_such_hook
 from bittern.hooks.trace import traced
 
 __all__ = ["BUILTIN", "PluginManager"]
@@ -120,6 +121,7 @@ class PluginManager:
 
     def _import(self, record: PluginRecord, load: Callable[[], ModuleType]) -> PluginRecord:
         start = time.perf_counter()
+        module = None
         try:
             module = load()
             record = check_probes(record, getattr(module, "target_modules", ()))
@@ -130,7 +132,7 @@ class PluginManager:
             record = replace(
                 record,
                 status=Status.FAILED,
-                reason=f"{type(error).__name__}: {error}",
+                reason=misfit(module, error) or f"{type(error).__name__}: {error}",
                 traceback=traceback.format_exc(),
                 remedy=f"pip install -U {record.distribution}" if record.version else "",
             )
@@ -161,7 +163,7 @@ class PluginManager:
                 record,
                 status=Status.PARTIAL,
                 hooks=tuple(sorted(names)),
-                reason=f"this version of bittern has no hook {', '.join(sorted(unknown))}",
+                reason="; ".join(map(no_such_hook, sorted(unknown))),
                 remedy="pip install -U bittern",
             )
         silent = (
