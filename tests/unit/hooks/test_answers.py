@@ -226,6 +226,21 @@ def test_an_error_of_one_plugin_in_the_wrapper_of_another_is_the_first_ones(
     assert caught.value.plugin == "bittern-beta 1.0"
 
 
+def test_a_failure_within_a_hook_of_another_plugin_is_the_inner_ones(
+    make_plugin: MakePlugin, toolkit_with: ToolkitWith
+) -> None:
+    inner = toolkit_with(make_plugin("beta", resolve_model=raising(KeyError("lost"))))
+
+    def resolve_model(source: str) -> Any:
+        return inner.load(source)
+
+    outer = make_plugin("alpha", resolve_model=resolve_model)
+    with pytest.raises(PluginError) as caught:
+        toolkit_with(outer).load("x")
+    assert caught.value.plugin == "bittern-beta 1.0"
+    assert "alpha" not in str(caught.value).partition("hint")[0]
+
+
 # --- what is handed to plugins --------------------------------------------------------------------
 
 

@@ -107,6 +107,28 @@ def test_a_plugin_that_raises_in_a_register_hook_is_named_and_can_be_left_out(
     assert "sound" in Toolkit(manager=manager(block=("alpha",))).registry.formats
 
 
+def test_the_api_chooses_plugins_as_the_command_line_does(
+    install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("alpha")
+    install("beta")
+    install("torn", "raise RuntimeError('torn')")
+    file = tmp_path / "loose.py"
+    file.write_text(FORMATS.replace('raise KeyError("lost")', "return []"))
+    toolkit = Toolkit(plugins=["alpha", "beta"], files=[file], strict=True, trace=True)
+    active = [r.name for r in toolkit.plugins.records if r.active]
+    assert active == ["alpha", "beta", "loose"]
+    list(toolkit.registry.formats)
+    shown = capsys.readouterr().err
+    assert "register_formats() <- loose: []" in shown
+    assert "register_formats() <- alpha: [NumberFormat(name='alpha'" in shown
+    sys.modules.pop("bittern_file_loose")
+    with pytest.raises(PluginError, match=r"plugin beta 1\.2\.3 is blocked"):
+        Toolkit(plugins=["alpha", "beta"], block=["beta"])
+    with pytest.raises(PluginError, match=r"plugin torn 1\.2\.3 is failed: RuntimeError: torn"):
+        Toolkit(strict=True)
+
+
 # --- metadata -------------------------------------------------------------------------------------
 
 

@@ -57,15 +57,18 @@ def named(error: Exception, *, label: str, what: str, name: str) -> BitternError
         what: Where it failed: ``"in hook register_modules"``.
         name: The plugin's name, by which it can be blocked.
     """
+    found: BitternError
     if isinstance(error, BitternError):
-        error.plugin = error.plugin or label
-        return error
-    if isinstance(error, WrongResultError):
-        return PluginError(f"plugin {label} {error.got}", hint=error.hint)
-    return PluginError(
-        f"plugin {label} failed {what}: {type(error).__name__}: {error}",
-        hint=f"tell the plugin's authors; BITTERN_DISABLE_PLUGINS={name} goes on without it",
-    )
+        found = error
+    elif isinstance(error, WrongResultError):
+        found = PluginError(f"plugin {label} {error.got}", hint=error.hint)
+    else:
+        found = PluginError(
+            f"plugin {label} failed {what}: {type(error).__name__}: {error}",
+            hint=f"tell the plugin's authors; BITTERN_DISABLE_PLUGINS={name} goes on without it",
+        )
+    found.plugin = found.plugin or label  # the innermost one, where a hook calls other plugins
+    return found
 
 
 def attribute(
