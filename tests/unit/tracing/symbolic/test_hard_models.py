@@ -511,3 +511,34 @@ def test_a_module_that_is_reached_past_its_parent_from_an_untraceable_one_is_con
     symbols = analyze_symbols(model)
     assert searchable(symbols) == set()
     assert "cannot be traced" in symbols.get_symbol(model.inside[1], "in_features").reason
+
+
+def test_a_depthwise_layer_after_flattening_has_the_channels_in_its_own_tensors():
+    model = Chain(
+        lambda m, x: m.head(m.deep(m.a(x).flatten(1)[:, :, None]).mean(2)),
+        a=conv(3, 4),
+        deep=nn.Conv1d(256, 256, 1, groups=256),
+        head=nn.Linear(256, 3),
+    )
+    symbols = analyze_symbols(model)
+    assert symbols.get_symbol(model.deep, "out_channels").layout == Layout("inner", 64)
+    assert check_widths(model, symbols, IMAGE) == 1
+
+
+def test_a_width_in_front_of_what_is_averaged_moves_to_the_end():
+    model = _tokens(lambda m, x: m.head(m.norm(m.embed(x)).transpose(-1, -2).mean(-1)))
+    symbols = analyze_symbols(model)
+    assert searchable(symbols) == {"embed.embedding_dim"}
+    assert check_widths(model, symbols, torch.tensor([[1, 2, 3]])) == 1
+
+
+def test_a_layer_that_reads_flattened_and_plain_features_is_a_boundary():
+    model = Chain(
+        lambda m, x: m.lin(m.a(x).flatten(1)) + m.lin(m.b(x.flatten(1))),
+        a=conv(3, 4),
+        b=nn.Linear(192, 256),
+        lin=nn.Linear(256, 3),
+    )
+    symbols = analyze_symbols(model)
+    assert searchable(symbols) == set()
+    assert "differently arranged" in symbols.get_symbol(model.b, "out_features").reason
