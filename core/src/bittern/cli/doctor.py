@@ -101,7 +101,7 @@ def _problems(toolkit: Toolkit) -> list[str]:
 def _rules(toolkit: Toolkit) -> list[str]:
     """Return what is wrong with the plugins' rules; their frameworks are imported to find out."""
     from bittern.errors import BitternError
-    from bittern.registry.targets import resolve, why_dead
+    from bittern.registry import resolve, why_dead
 
     found = []
     for hook in ("register_modules", "register_symbols", "register_trace_leaves"):

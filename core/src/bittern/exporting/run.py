@@ -17,8 +17,7 @@ from bittern.exporting.packed import check_calibrated
 from bittern.exporting.probe import make_probe
 from bittern.exporting.record import ExportRecord, entry_dict
 from bittern.records import Exporter, ExportReport
-from bittern.registry import Registry
-from bittern.registry.targets import bound
+from bittern.registry import Registry, bound
 
 __all__ = ["check_export", "choose_exporter", "run_export"]
 

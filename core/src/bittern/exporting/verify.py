@@ -8,8 +8,7 @@ from pathlib import Path
 from bittern.errors import VerificationError
 from bittern.exporting.record import ExportRecord
 from bittern.records import Exporter, Verification
-from bittern.registry import Registry
-from bittern.registry.targets import bound
+from bittern.registry import Registry, bound
 
 __all__ = ["run_verification"]
 

@@ -5,7 +5,7 @@ from bittern.registry.modules import ANY, ClassTable, Match, NoMatch
 from bittern.registry.ops import OpMatch, OpTable
 from bittern.registry.registry import Registry
 from bittern.registry.tables import NamedTable, nearest
-from bittern.registry.targets import resolve, target_of
+from bittern.registry.targets import bound, resolve, target_of, why_dead
 
 __all__ = [
     "ANY",
@@ -17,7 +17,9 @@ __all__ = [
     "OpMatch",
     "OpTable",
     "Registry",
+    "bound",
     "nearest",
     "resolve",
     "target_of",
+    "why_dead",
 ]
