@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from tracing_zoo.entry import Entry
 from tracing_zoo.groups import missing, shapes_of
-from tracing_zoo.physics import SAME, GroupLike, Subject, forgotten, permutation_error
+from tracing_zoo.physics import (
+    SAME,
+    GroupLike,
+    Subject,
+    forgotten,
+    parts_of,
+    permutation_error,
+)
 from tracing_zoo.removal import remove
 from tracing_zoo.truths import FoldLike, fold_error, unexpected_shares
 
@@ -54,8 +61,16 @@ def findings(
     *,
     expected: Sequence[GroupLike] | None = None,
     folds: set[tuple[str, frozenset[str]]] | None = None,
+    fixed: frozenset[int] | None = None,
 ) -> list[str]:
-    """Return what is wrong with a trace; with the groups and folds it has to have, if known."""
+    """Return what is wrong with a trace; with the groups and folds it has to have, if known.
+
+    Args:
+        traced: The model and its trace.
+        expected: Groups it has to find.
+        folds: Producers and consumers it has to find.
+        fixed: Sizes of dimensions that are in no group; all others have to be in one.
+    """
     found = [] if traced.untouched else ["the model is not as it was"]
     found += permutations(traced)
     found += removals(traced)
@@ -64,6 +79,8 @@ def findings(
     model = traced.subject.model
     if expected is not None:
         found += missing(shapes_of(model, expected), shapes_of(model, traced.trace.groups))
+    if fixed is not None:
+        found += uncovered(traced, fixed)
     if folds is not None:
         mine = {(f.producer, frozenset(f.consumers)) for f in traced.trace.foldable}
         found += [f"no fold {_arrow(*fold)}" for fold in sorted(folds - mine, key=str)]
@@ -117,6 +134,17 @@ def scales(traced: Traced) -> Iterator[str]:
             continue
         if error > SAME:
             yield f"fold {_words(fold)}: the output changes by {error:.1e}"
+
+
+def uncovered(traced: Traced, fixed: frozenset[int]) -> Iterator[str]:
+    """Every dimension of every weight is in a group, but for those of known sizes."""
+    model = traced.subject.model
+    parts = (part for group in traced.trace.groups for part in parts_of(model, group))
+    covered = {(id(part.tensor), part.dim) for part in parts}
+    for name, parameter in model.named_parameters():
+        for dim, size in enumerate(parameter.shape):
+            if (id(parameter), dim) not in covered and size not in fixed | {1}:
+                yield f"in no group: {name} dim {dim}"
 
 
 def _groups(traced: Traced) -> Iterator[GroupLike]:

@@ -31,7 +31,6 @@ class Entry:
         name: The test id.
         build: Builds the model.
         inputs: Draws keyword arguments of a call.
-        heavy: Not in the default run.
         rigid: Its code has sizes in it, so nothing can be removed.
     """
 
@@ -39,7 +38,6 @@ class Entry:
     build: Callable[[], nn.Module]
     inputs: Inputs
     _: KW_ONLY
-    heavy: bool = False
     rigid: bool = False
 
     def make(self) -> Example:
@@ -67,7 +65,9 @@ def randomize(model: nn.Module, generator: Generator) -> None:
         else:
             parameter.data = parameter.data + 0.3 * noise(parameter)
     for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
+        if name.endswith((".weight", ".bias")):  # of a frozen norm
+            buffer.add_(0.3 * noise(buffer))
+        elif name.endswith("running_mean"):
             buffer.copy_(0.3 * noise(buffer))
         elif name.endswith("running_var"):
             # Small, so that what comes in is not lost on the way through many layers.

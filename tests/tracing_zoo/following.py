@@ -1,10 +1,13 @@
 """Cutting rows out of a model's tensors, and letting the modules' attributes follow.
 
 Classes of torch know their sizes from their tensors. Any other module that owns a member, or has
-one below it, is searched for integers that were sizes of what has been cut: the size of a cut
+one below it, is searched for numbers that were sizes of what has been cut: the size of a cut
 dimension, the number of coordinates, a number of heads. This needs models whose sizes differ from
-each other, which the zoo takes care of; it is no way to prune a model of real life. Where two sizes
-must be equal (a hidden size made up of heads), the numbers may have to stay as they are.
+each other, which the zoo takes care of; it is no way to prune a model of real life.
+
+Where it is not clear, there are three modes to be tried: numbers follow that are one of the sizes;
+multiples of them that are called a width do so too (all keys' width); or none does (a hidden size
+that happens to be that of all heads).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +25,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from tracing_zoo.attention import Unpacked, unpack
 from tracing_zoo.physics import GroupLike, Part, parts_of
 
-__all__ = ["HEAD_WIDTH", "Cut"]
+__all__ = ["HEAD_WIDTH", "MODES", "Cut", "Mode"]
 
 COUNT = re.compile(r"(^|_)(n|num|heads?|groups?)(_|$)")
+Mode = Literal["sizes", "widths", "none"]
+MODES: tuple[Mode, ...] = ("sizes", "widths", "none")
 HEAD_WIDTH = re.compile(r"(?<!all_)head_(dim|size)|dim_head|d_kv|rotary_n?dim")
 WIDTH = re.compile(rf"{HEAD_WIDTH.pattern}|(hidden|head)_size|embed|width|_dim$")
 
@@ -38,10 +43,11 @@ class Cut:
     """
 
     def __init__(
-        self, model: nn.Module, cuts: Sequence[tuple[GroupLike, Tensor]], *, numbers: bool = True
+        self, model: nn.Module, cuts: Sequence[tuple[GroupLike, Tensor]], mode: Mode = "sizes"
     ) -> None:
         self.model = unpack(copy.deepcopy(model))
         group, coordinates = cuts[0]
+        self._mode = mode
         self.before, self.after = group.size, group.size - len(coordinates)
         self.kept: dict[str, dict[int, Tensor]] = {}
         parts = [(part, gone) for group, gone in cuts for part in parts_of(self.model, group)]
@@ -49,7 +55,7 @@ class Cut:
         names = [name for part, _ in parts for name in part.names]
         for path in _paths(self.model, names):
             module = self.model.get_submodule(path)
-            if not _follow_tensors(module, self.kept, path) and numbers:
+            if not _follow_tensors(module, self.kept, path) and mode != "none":
                 self._follow(module)
 
     def _cut(self, parts: list[tuple[Part, Tensor]]) -> dict[int, int]:
@@ -97,7 +103,10 @@ class Cut:
 
     def _number(self, name: str, value: int, *, counts: bool) -> int:
         counted = counts and COUNT.search(name) and not WIDTH.search(name)
-        if value % self.before == 0 and (counted or HEAD_WIDTH.search(name)):
+        counted = counted or HEAD_WIDTH.search(name)
+        if value % self.before == 0 and (
+            counted or (self._mode == "widths" and WIDTH.search(name))
+        ):
             return value * self.after // self.before
         if value == self.before:
             return self.after

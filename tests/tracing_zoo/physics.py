@@ -7,6 +7,7 @@ never coupled to the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -168,18 +169,28 @@ class Subject:
         self.model, self.calls = model, calls
         self.outputs = [run(model, call) for call in calls]
 
-    def changed(self, changes: Iterable[tuple[Tensor, Tensor]]) -> float:
-        """Return how far the outputs move while tensors have other values."""
-        with exchanged(changes):
-            now = (run(self.model, call) for call in self.calls)
-            return max(distance(a, b) for a, b in zip(self.outputs, now, strict=True))
+    def changed(
+        self, changes: Iterable[tuple[Tensor, Tensor]], *, enough: float = math.inf
+    ) -> float:
+        """Return how far the outputs move while tensors have other values.
 
-    def moved(self, parts: list[Part], order: Tensor) -> float:
-        """Return how far the outputs move while coordinates have another order.
-
-        Lazily, because two members may be dimensions or slices of one tensor.
+        Args:
+            changes: Tensors and their values; asked for one after the other, because the next may
+                be another dimension or slice of the same tensor.
+            enough: If one call's outputs move by more, the others are not run.
         """
-        return self.changed((part.tensor, part.moved(order)) for part in parts)
+        moved = 0.0
+        with exchanged(changes):
+            for call, before in zip(self.calls, self.outputs, strict=True):
+                moved = max(moved, distance(before, run(self.model, call)))
+                if moved > enough:
+                    break
+        return moved
+
+    def moved(self, parts: list[Part], order: Tensor, *, enough: float = math.inf) -> float:
+        """Return how far the outputs move while coordinates have another order."""
+        changes = ((part.tensor, part.moved(order)) for part in parts)
+        return self.changed(changes, enough=enough)
 
 
 # --- members by identity --------------------------------------------------------------------------
@@ -301,6 +312,6 @@ def forgotten(subject: Subject, group: GroupLike, *, seed: int = 0) -> list[str]
     return [
         repr(part)
         for part in parts
-        if subject.moved([other for other in parts if other is not part], order) <= SAME
-        and subject.changed([(part.tensor, part.replaced(generator))]) > SAME
+        if subject.moved([p for p in parts if p is not part], order, enough=SAME) <= SAME
+        and subject.changed([(part.tensor, part.replaced(generator))], enough=SAME) > SAME
     ]

@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from tracing_zoo.attention import unpack
-from tracing_zoo.following import HEAD_WIDTH, Cut
+from tracing_zoo.following import HEAD_WIDTH, MODES, Cut, Mode
 from tracing_zoo.physics import SAME, GroupLike, Subject, Tape, distance, parts_of, run
 
 __all__ = ["Removal", "remove"]
@@ -97,12 +97,12 @@ def remove(
 
 
 def _best(subject: Subject, groups: Sequence[GroupLike], seed: int) -> Removal:
-    """Try with and without changed numbers: which one belongs to this group, only running shows."""
+    """Try which numbers of the modules have to follow; only running shows."""
     found: list[Removal] = []
     failures: list[Exception] = []
-    for numbers in (True, False):
+    for mode in MODES:
         try:
-            found.append(_remove(subject, groups, seed, numbers=numbers))
+            found.append(_remove(subject, groups, seed, mode))
         except WRONG as error:
             failures.append(error)
         else:
@@ -113,14 +113,14 @@ def _best(subject: Subject, groups: Sequence[GroupLike], seed: int) -> Removal:
     return found[0]
 
 
-def _remove(subject: Subject, groups: Sequence[GroupLike], seed: int, *, numbers: bool) -> Removal:
+def _remove(subject: Subject, groups: Sequence[GroupLike], seed: int, mode: Mode) -> Removal:
     generator = Generator().manual_seed(seed)
     unit = min(group.size for group in groups)
     cuts = [
         (g, torch.randperm(g.size, generator=generator)[: unit // 2 * (g.size // unit)])
         for g in groups
     ]
-    small = Cut(subject.model, cuts, numbers=numbers)
+    small = Cut(subject.model, cuts, mode)
     whole, without = _zeroed(subject.model, cuts, small)
     error = 0.0
     for call, expected in zip(subject.calls, subject.outputs, strict=True):

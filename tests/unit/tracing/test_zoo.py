@@ -13,8 +13,6 @@ from tracing_zoo import ZOO, Entry
 from tracing_zoo.checks import Traced, findings
 from tracing_zoo.expected import EXPECTED
 
-pytestmark = pytest.mark.skipif(not hasattr(bittern, "trace"), reason="there is no tracer yet")
-
 FOLDS: dict[str, set[tuple[str, frozenset[str]]]] = {
     "resnet": {(f"{block}.bn1", frozenset({f"{block}.conv2"})) for block in ("block1", "block2")},
     "flattened": {("0", frozenset({"4"}))},

@@ -5,6 +5,6 @@ from __future__ import annotations
 from transformers_zoo.decoders import DECODERS
 from transformers_zoo.others import OTHERS
 
-__all__ = ["ZOO"]
+__all__ = ["DECODERS", "ZOO"]
 
 ZOO = (*DECODERS, *OTHERS)

@@ -44,16 +44,16 @@ NARROW: dict[str, Any] = {  # for those whose heads make up the hidden size
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 
-def decoder(name: str, model: type, config: type, *, heavy: bool = False, **options: Any) -> Entry:
+def decoder(name: str, model: type, config: type, **options: Any) -> Entry:
     inputs = tokens(VOCAB, use_cache=False)
-    return Entry(name, lambda: model(config(**options)), inputs, heavy=heavy)
+    return Entry(name, lambda: model(config(**options)), inputs)
 
 
 DECODERS = (
     decoder("llama", tf.LlamaForCausalLM, tf.LlamaConfig, **WIDTHS),
-    decoder("llama_tied", tf.LlamaForCausalLM, tf.LlamaConfig, heavy=True,
+    decoder("llama_tied", tf.LlamaForCausalLM, tf.LlamaConfig,
             **{**WIDTHS, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
-    decoder("qwen2", tf.Qwen2ForCausalLM, tf.Qwen2Config, heavy=True,
+    decoder("qwen2", tf.Qwen2ForCausalLM, tf.Qwen2Config,
             **{**WIDTHS, "hidden_size": 120, "num_hidden_layers": 1}),
     decoder("qwen3", tf.Qwen3ForCausalLM, tf.Qwen3Config, **WIDTHS),
     decoder("qwen3_moe", tf.Qwen3MoeForCausalLM, tf.Qwen3MoeConfig,
@@ -75,12 +75,12 @@ DECODERS = (
     decoder("falcon", tf.FalconForCausalLM, tf.FalconConfig,
             **COMMON, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
             new_decoder_architecture=False, multi_query=True, ffn_hidden_size=22),
-    decoder("falcon_new", tf.FalconForCausalLM, tf.FalconConfig, heavy=True,
+    decoder("falcon_new", tf.FalconForCausalLM, tf.FalconConfig,
             **COMMON, hidden_size=120, num_hidden_layers=1, num_attention_heads=12,
             num_kv_heads=4, new_decoder_architecture=True, ffn_hidden_size=22),
     decoder("gpt2", tf.GPT2LMHeadModel, tf.GPT2Config,
             **COMMON, n_embd=24, n_layer=2, n_head=4, n_positions=32, n_inner=22),
-    decoder("llama4", tf.Llama4ForCausalLM, tf.Llama4TextConfig, heavy=True,
+    decoder("llama4", tf.Llama4ForCausalLM, tf.Llama4TextConfig,
             **WIDTHS, intermediate_size_mlp=26, num_local_experts=7, num_experts_per_tok=1,
             interleave_moe_layer_step=2),
     # What nobody tuned a tracer for.
@@ -89,7 +89,7 @@ DECODERS = (
             word_embed_proj_dim=14, max_position_embeddings=32),
     decoder("phi", tf.PhiForCausalLM, tf.PhiConfig, **{
         **NARROW, "hidden_size": 30, "num_attention_heads": 3, "partial_rotary_factor": 0.4}),
-    decoder("phi3", tf.Phi3ForCausalLM, tf.Phi3Config, heavy=True, **{
+    decoder("phi3", tf.Phi3ForCausalLM, tf.Phi3Config, **{
         **WIDTHS, "hidden_size": 120, "num_hidden_layers": 1}),
     decoder("bloom", tf.BloomForCausalLM, tf.BloomConfig,
             **COMMON, hidden_size=24, n_layer=2, n_head=4),
@@ -98,22 +98,38 @@ DECODERS = (
         "use_parallel_residual": True}),
     decoder("cohere", tf.CohereForCausalLM, tf.CohereConfig, **{
         **WIDTHS, "hidden_size": 120, "num_hidden_layers": 1, "use_qk_norm": True}),
-    decoder("olmo2", tf.Olmo2ForCausalLM, tf.Olmo2Config, heavy=True, **{
+    decoder("olmo2", tf.Olmo2ForCausalLM, tf.Olmo2Config, **{
         **WIDTHS, "hidden_size": 120, "num_hidden_layers": 1}),
     decoder("mamba", tf.MambaForCausalLM, tf.MambaConfig,
             **COMMON, hidden_size=12, state_size=5, num_hidden_layers=2, conv_kernel=4, expand=2,
             time_step_rank=3),
-    decoder("mamba2", tf.Mamba2ForCausalLM, tf.Mamba2Config, heavy=True,
+    decoder("mamba2", tf.Mamba2ForCausalLM, tf.Mamba2Config,
             **COMMON, hidden_size=12, state_size=5, num_hidden_layers=1, conv_kernel=4, expand=2,
             num_heads=3, head_dim=8, n_groups=1, chunk_size=4),
-    decoder("gpt_neo", tf.GPTNeoForCausalLM, tf.GPTNeoConfig, heavy=True,
+    decoder("gpt_neo", tf.GPTNeoForCausalLM, tf.GPTNeoConfig,
             **COMMON, hidden_size=24, num_layers=2, num_heads=4, intermediate_size=22,
             attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=32),
-    decoder("gptj", tf.GPTJForCausalLM, tf.GPTJConfig, heavy=True,
+    decoder("gptj", tf.GPTJForCausalLM, tf.GPTJConfig,
             **COMMON, n_embd=30, n_layer=2, n_head=3, n_positions=32, n_inner=22, rotary_dim=4),
-    decoder("starcoder2", tf.Starcoder2ForCausalLM, tf.Starcoder2Config, heavy=True, **{
+    decoder("starcoder2", tf.Starcoder2ForCausalLM, tf.Starcoder2Config, **{
         **WIDTHS, "hidden_size": 120, "num_hidden_layers": 1}),
-    decoder("granite_moe", tf.GraniteMoeForCausalLM, tf.GraniteMoeConfig, heavy=True, **{
+    decoder("granite_moe", tf.GraniteMoeForCausalLM, tf.GraniteMoeConfig, **{
         **WIDTHS, "hidden_size": 120, "intermediate_size": 20, "num_hidden_layers": 1,
         "num_local_experts": 7, "num_experts_per_tok": 2}),
+    decoder("glm4", tf.Glm4ForCausalLM, tf.Glm4Config,
+            **{**WIDTHS, "num_attention_heads": 6, "num_key_value_heads": 3,
+               "partial_rotary_factor": 0.4, "num_hidden_layers": 1}),
+    decoder("nemotron", tf.NemotronForCausalLM, tf.NemotronConfig,
+            **{**WIDTHS, "num_hidden_layers": 1}),
+    decoder("lfm2", tf.Lfm2ForCausalLM, tf.Lfm2Config,
+            **{**NARROW, "num_key_value_heads": 2, "hidden_size": 60, "num_attention_heads": 6,
+               "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    decoder("rwkv", tf.RwkvForCausalLM, tf.RwkvConfig,
+            **COMMON, hidden_size=24, intermediate_size=22, num_hidden_layers=2,
+            context_length=16),
+    decoder("qwen3_next", tf.Qwen3NextForCausalLM, tf.Qwen3NextConfig,
+            **{**WIDTHS, **EXPERTS, "num_experts": 7, "shared_expert_intermediate_size": 24,
+               "decoder_sparse_step": 2, "layer_types": ["linear_attention", "full_attention"],
+               "linear_num_value_heads": 6, "linear_num_key_heads": 3, "linear_key_head_dim": 8,
+               "linear_value_head_dim": 14}),
 )  # fmt: skip
