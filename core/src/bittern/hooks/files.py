@@ -33,7 +33,7 @@ def load_file(record: PluginRecord, path: Path) -> ModuleType:
         Exception: Whatever the file raises; it is then in ``sys.modules`` no more.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(record.entry, path.resolve())
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
