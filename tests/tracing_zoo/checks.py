@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tracing_zoo.entry import Entry
 from tracing_zoo.groups import missing, shapes_of
@@ -137,12 +138,14 @@ def scales(traced: Traced) -> Iterator[str]:
 
 
 def uncovered(traced: Traced, fixed: frozenset[int]) -> Iterator[str]:
-    """Every dimension of every weight is in a group, but for those of known sizes."""
+    """Every dimension of channels of every parameter is in a group, but for known sizes."""
     model = traced.subject.model
     parts = (part for group in traced.trace.groups for part in parts_of(model, group))
     covered = {(id(part.tensor), part.dim) for part in parts}
     for name, parameter in model.named_parameters():
-        for dim, size in enumerate(parameter.shape):
+        module = model.get_submodule(name.rpartition(".")[0])
+        shape = parameter.shape[:2] if isinstance(module, _ConvNd) else parameter.shape
+        for dim, size in enumerate(shape):
             if (id(parameter), dim) not in covered and size not in fixed | {1}:
                 yield f"in no group: {name} dim {dim}"
 

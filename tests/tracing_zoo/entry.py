@@ -65,7 +65,7 @@ def randomize(model: nn.Module, generator: Generator) -> None:
         else:
             parameter.data = parameter.data + 0.3 * noise(parameter)
     for name, buffer in model.named_buffers():
-        if name.endswith((".weight", ".bias")):  # of a frozen norm
+        if name.endswith((".weight", ".bias")) and buffer.is_floating_point():  # a frozen norm
             buffer.add_(0.3 * noise(buffer))
         elif name.endswith("running_mean"):
             buffer.copy_(0.3 * noise(buffer))

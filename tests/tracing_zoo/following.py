@@ -30,7 +30,7 @@ __all__ = ["HEAD_WIDTH", "MODES", "Cut", "Mode"]
 COUNT = re.compile(r"(^|_)(n|num|heads?|groups?)(_|$)")
 Mode = Literal["sizes", "widths", "none"]
 MODES: tuple[Mode, ...] = ("sizes", "widths", "none")
-HEAD_WIDTH = re.compile(r"(?<!all_)head_(dim|size)|dim_head|d_kv|rotary_n?dim")
+HEAD_WIDTH = re.compile(r"(?<!all_)head_([a-z]_)?(dim|size)|dim_head|d_kv|rotary_n?dim")
 WIDTH = re.compile(rf"{HEAD_WIDTH.pattern}|(hidden|head)_size|embed|width|_dim$")
 
 

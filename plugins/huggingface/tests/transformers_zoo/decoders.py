@@ -130,6 +130,6 @@ DECODERS = (
     decoder("qwen3_next", tf.Qwen3NextForCausalLM, tf.Qwen3NextConfig,
             **{**WIDTHS, **EXPERTS, "num_experts": 7, "shared_expert_intermediate_size": 24,
                "decoder_sparse_step": 2, "layer_types": ["linear_attention", "full_attention"],
-               "linear_num_value_heads": 6, "linear_num_key_heads": 3, "linear_key_head_dim": 8,
-               "linear_value_head_dim": 14}),
+               "linear_num_value_heads": 6, "linear_num_key_heads": 2, "linear_key_head_dim": 7,
+               "linear_value_head_dim": 11}),
 )  # fmt: skip
