@@ -10,6 +10,7 @@ from torch import nn
 
 from bittern.records import PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 from bittern.testing import (
+    AlgorithmCase,
     AlgorithmConformance,
     ExportCase,
     ExporterConformance,
@@ -74,6 +75,9 @@ class TestFormats(FormatConformance):
 
 class TestAlgorithms(AlgorithmConformance):
     hooks = CORE
+
+    def cases(self) -> list[AlgorithmCase]:
+        return [AlgorithmCase("max"), AlgorithmCase("smooth", pipeline=["smooth", "max"])]
 
 
 class Tied(nn.Module):

@@ -155,27 +155,23 @@ class Toolkit:
     def trace(self, model: nn.Module, example_inputs: Any = None) -> Trace:
         """Run a model once on example inputs and find which of its tensors belong together."""
         from bittern.errors import TraceError
-        from bittern.nn import quantizers_off
-        from bittern.tracing.trace import run_trace
 
         adapter = self.adapter(model)
-        if example_inputs is None:
-            if adapter.example_inputs is None:
-                raise TraceError(
-                    "no plugin knows inputs for this model",
-                    hint="give example_inputs: a tensor, a tuple, or a dict of arguments",
-                )
-            example_inputs = {**adapter.call_kwargs, **adapter.example_inputs()}
-        elif isinstance(example_inputs, Mapping):
-            example_inputs = {**adapter.call_kwargs, **example_inputs}
-        with quantizers_off(model):
-            return run_trace(
-                model,
-                example_inputs,
-                ops=self.registry.ops,
-                leaves=self.registry.leaves,
-                symbols=self.registry.symbols,
+        args: tuple[Any, ...] = ()
+        kwargs: Mapping[str, Any] = {}
+        if isinstance(example_inputs, Mapping):
+            kwargs = example_inputs
+        elif example_inputs is not None:
+            several = isinstance(example_inputs, tuple | list)
+            args = tuple(example_inputs) if several else (example_inputs,)
+        elif adapter.example_inputs is not None:
+            kwargs = adapter.example_inputs()
+        else:
+            raise TraceError(
+                "no plugin knows inputs for this model",
+                hint="give example_inputs: a tensor, a tuple, or a dict of arguments",
             )
+        return self._trace(model, args, {**adapter.call_kwargs, **kwargs})
 
     def plan(self, model: nn.Module, recipe: RecipeLike, *, overrides: Sequence[str] = ()) -> Plan:
         """Decide who is quantized how; change nothing."""
@@ -219,8 +215,21 @@ class Toolkit:
             adapter=self.adapter(model),
             access=self.access,
             wrap=wrap,
+            trace=lambda args, kwargs: self._trace(model, args, kwargs),
             progress=progress if progress is not None else SILENT,
         )
+
+    def _trace(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Trace:
+        from bittern.nn import quantizers_off
+        from bittern.tracing.trace import run_trace
+
+        rules = self.registry
+        with quantizers_off(model):
+            return run_trace(
+                model, args, kwargs, ops=rules.ops, leaves=rules.leaves, symbols=rules.symbols
+            )
 
     def quantize(
         self,

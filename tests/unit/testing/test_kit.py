@@ -384,9 +384,10 @@ MISTAKES = [
         "rest",
         "from bittern.calibration.max import run_max\n",
         "def run_max(*arguments):\n    from unittest import mock\n"
-        "    import bittern.calibration.max as module\n"
+        "    from bittern.calibration.max import run_max as run\n"
+        "    import bittern.calibration.observe as module\n"
         "    with mock.patch.object(module, 'reduce_max', lambda values, error: dict(values)):\n"
-        "        module.run_max(*arguments)\n",
+        "        run(*arguments)\n",
         {"test_two_processes_calibrate_like_one"},
         "two_processes or deterministic",
     ),

@@ -109,14 +109,20 @@ def register_formats() -> list[NumberFormat]:
 
 @hookimpl
 def register_algorithms() -> list[Algorithm]:
-    """Max calibration."""
+    """Max calibration, SmoothQuant."""
     return [
         Algorithm(
             name="max",
             run="bittern.calibration.max:run_max",
             needs=frozenset({"data"}),
             description="every range is the largest magnitude seen",
-        )
+        ),
+        Algorithm(
+            name="smooth",
+            run="bittern.calibration.smooth:run_smooth",
+            needs=frozenset({"trace"}),
+            description="SmoothQuant: moves outlier channels of activations into weights",
+        ),
     ]
 
 
@@ -140,6 +146,7 @@ def register_recipes() -> list[RecipeSource]:
     descriptions = {
         "base": "nothing quantized; heads and routers are skipped",
         "int8": "W8A8: int8 weights per channel, int8 activations per tensor, static",
+        "int8-smoothquant": "int8 with outlier channels of activations moved into the weights",
         "int8-weight-only": "int8 weights per channel, activations as they are; needs no data",
         "int4": "int4 weights in groups of 128, activations as they are; needs no data",
         "fp8": "W8A8: fp8 e4m3 weights and activations per tensor, static",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from bittern.nn.observer import SharedInputs
 from bittern.runtime import SILENT, Progress
+from bittern.tracing import Trace
 
 __all__ = ["CalibrationContext", "Forward"]
 
@@ -22,9 +23,12 @@ class CalibrationContext:
     Attributes:
         shared: Deduplicates statistics of shared inputs and knows the running batch.
         access: Makes a module's weights real tensors: ``with access(module, write=False): ...``.
+        trace: Traces the model on the first batch, once; ``None`` where there is no batch to run
+            it on, or it does not run.
         progress: Shows where long work is.
     """
 
     shared: SharedInputs
     access: Callable[..., AbstractContextManager[None]]
+    trace: Callable[[], Trace | None] = lambda: None
     progress: Progress = SILENT

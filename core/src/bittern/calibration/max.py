@@ -8,13 +8,12 @@ pass runs the unquantized model, and only when the plan has static activation qu
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bittern.calibration.context import CalibrationContext, Forward
-from bittern.calibration.reduce import reduce_max
+from bittern.calibration.observe import observe_max
 from bittern.errors import CalibrationError, NumericsError
-from bittern.nn import named_quant_modules, named_quantizers
-from bittern.nn.observer import MaxObserver
+from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules, named_quantizers
 from bittern.numerics import amax
 from bittern.records import Plan
 
@@ -65,44 +64,38 @@ def _weights(model: nn.Module, context: CalibrationContext) -> None:
 
 
 def _activations(model: nn.Module, forward: Forward, context: CalibrationContext) -> None:
-    quantizers = [q for _, q in named_quantizers(model)]
-    static = [q for q in quantizers if q.tensor is None and not q.spec.dynamic]
-    were_on = [q for q in quantizers if q.enabled]
-    try:
-        for quantizer in were_on:  # statistics are those of the unquantized model
-            quantizer.enabled = False
-        for quantizer in static:
-            quantizer.observer = MaxObserver(
-                quantizer.spec.granularity, context.shared, name=quantizer.name
-            )
-        forward()
-        observed = [(q, q.observer) for q in static]
-    finally:
-        for quantizer in static:
-            quantizer.observer = None
-        for quantizer in were_on:
-            quantizer.enabled = True
-    found: dict[str, Tensor | None] = {}
-    problem: CalibrationError | None = None
-    for quantizer, observer in observed:
-        assert observer is not None
-        bad = observer.first_bad_batch()
-        if bad is not None and problem is None:
-            problem = CalibrationError(
-                f"the activations hold NaN or Inf in batch {bad}",
-                where=quantizer.name,
-                hint="run that batch through the unquantized model in a wider dtype "
-                "(--dtype float32), or leave it out",
-            )
-        found[quantizer.name] = observer.result()
-    reduced = reduce_max(found, str(problem) if problem is not None else None)
-    if problem is not None:
-        raise problem
-    for quantizer, _ in observed:
-        value = reduced[quantizer.name]
+    static = {
+        name: (q, q.spec.granularity)
+        for name, q in named_quantizers(model)
+        if q.tensor is None and not q.spec.dynamic
+    }
+    found = observe_max(model, static, forward, context)
+    for name, value in found.items():
         if value is not None:
-            quantizer.set_amax(value.to(_device(found[quantizer.name], value)))
+            static[name][0].set_amax(value)
+    _share(model, context)
 
 
-def _device(own: Tensor | None, reduced: Tensor) -> torch.device:
-    return own.device if own is not None else reduced.device
+def _share(model: nn.Module, context: CalibrationContext) -> None:
+    """Give the inputs that are one tensor one range.
+
+    They saw the same data, but not always through the same batches: experts, skipped layers.
+    """
+    trace = context.trace()
+    for group in trace.shared_inputs if trace is not None else ():
+        inputs = [q for name in group if (q := _input(model, name)) is not None]
+        for one in inputs:
+            own = one.amax
+            if own is None:
+                continue
+            alike = (q.amax for q in inputs if q.spec == one.spec and q.amax is not None)
+            same = [amax.to(own.device) for amax in alike if amax.shape == own.shape]
+            one.set_amax(torch.stack(same).amax(0))
+
+
+def _input(model: nn.Module, name: str) -> TensorQuantizer | None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:  # a tensor of a module with several
+        return None
+    return module.quantizer("input") if isinstance(module, QuantModule) else None

@@ -7,18 +7,20 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from bittern.calibration.context import CalibrationContext, Forward
-from bittern.errors import CalibrationError, DataError
+from bittern.errors import CalibrationError, DataError, TraceError
 from bittern.nn import named_quantizers
 from bittern.nn.observer import SharedInputs
 from bittern.records import CalibrationSummary, ModelAdapter, Plan
 from bittern.registry import Registry
 from bittern.registry.targets import bound
 from bittern.runtime import SILENT, Data, Progress, call_forward, evaluating, length_of, prepare
+from bittern.tracing import Trace
 
 __all__ = ["run_calibration"]
 
@@ -34,6 +36,7 @@ def run_calibration(
     adapter: ModelAdapter,
     access: Callable[..., AbstractContextManager[None]],
     wrap: Callable[[Forward], int],
+    trace: Callable[[tuple[Any, ...], Mapping[str, Any]], Trace],
     progress: Progress = SILENT,
 ) -> CalibrationSummary:
     """Run the plan's algorithms, left to right.
@@ -46,6 +49,7 @@ def run_calibration(
         adapter: What the model's framework knows.
         access: Makes a module's weights real.
         wrap: Runs a data pass through the ``run_calibration`` hook.
+        trace: Traces the model on the arguments of one call.
         progress: Shows where it is.
 
     Raises:
@@ -54,7 +58,12 @@ def run_calibration(
     """
     start = time.perf_counter()
     shared = SharedInputs()
-    context = CalibrationContext(shared=shared, access=access, progress=progress)
+    context = CalibrationContext(
+        shared=shared,
+        access=access,
+        trace=cache(lambda: _trace(model, data, adapter, trace)),
+        progress=progress,
+    )
     batches = 0
 
     def forward() -> int:
@@ -87,6 +96,29 @@ def run_calibration(
     return CalibrationSummary(
         batches=batches, seconds=time.perf_counter() - start, uncalibrated=uncalibrated
     )
+
+
+def _trace(
+    model: nn.Module,
+    data: Data | None,
+    adapter: ModelAdapter,
+    trace: Callable[[tuple[Any, ...], Mapping[str, Any]], Trace],
+) -> Trace | None:
+    """Trace the model on its first batch, or on what its framework knows."""
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    if data is not None and not callable(data) and iter(data) is not data:
+        batch = prepare(next(iter(data)), model, adapter, index=0)
+        args, kwargs = batch.args, batch.kwargs
+    elif adapter.example_inputs is not None:
+        kwargs = {**adapter.call_kwargs, **adapter.example_inputs()}
+    else:  # a function, or an iterator that can be used up only once
+        return None
+    try:
+        return trace(args, kwargs)
+    except TraceError as error:
+        log.warning("the model was not traced: %s", error.what)
+        return None
 
 
 def _check_options(function: Callable[..., Any], name: str, options: Mapping[str, object]) -> None:

@@ -18,8 +18,8 @@ class Algorithm:
         name: The name in recipes.
         run: ``"package.module:function"`` called as
             ``run(model, plan, forward, context, **options)``, see `bittern.calibration.context`.
-        needs: What it needs beyond the weights: any of ``data``, ``hessian``, ``gradients``.
-            ``data`` means: only when the plan has static activation quantizers.
+        needs: What it needs beyond the weights: any of ``data``, ``trace``, ``hessian``,
+            ``gradients``. ``data`` means: only when the plan has static activation quantizers.
         description: One line for people.
     """
 

@@ -96,7 +96,8 @@ class Trace:
 
 def run_trace(
     model: nn.Module,
-    example_inputs: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     *,
     ops: OpTable,
     leaves: ClassTable[LeafRule],
@@ -106,7 +107,8 @@ def run_trace(
 
     Args:
         model: Any model, on any device, the meta device included. It is left as it was.
-        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
+        args: Positional example inputs.
+        kwargs: Keyword example inputs.
         ops: Rules for operators.
         leaves: Modules that are not looked into.
         symbols: Rules for the dimensions of module classes.
@@ -114,7 +116,6 @@ def run_trace(
     Raises:
         TraceError: Not a single operator ran.
     """
-    args, kwargs = _arguments(example_inputs)
 
     def leaf(module: nn.Module) -> str:
         match = leaves.find(module)
@@ -132,14 +133,6 @@ def run_trace(
     settle_cuts(flow)
     guard_branches(flow, model)
     return Trace(model, flow, leaves, symbols)
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), example_inputs
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def _record(

@@ -32,7 +32,7 @@ log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or l
 masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative not_equal polar pow rad2deg
 real reciprocal relu relu6 remainder round rrelu rrelu_with_noise rsqrt rsub selu sgn sigmoid sign
 signbit silu sin sinc sinh softplus softshrink sqrt square sub subtract tan tanh threshold
-true_divide trunc view_as where xlogy __and__ __or__ __xor__ __lshift__ __rshift__ nextafter complex
+true_divide trunc where xlogy __and__ __or__ __xor__ __lshift__ __rshift__ nextafter complex
 _fake_quantize_learnable_per_tensor_affine fake_quantize_per_tensor_affine
 fake_quantize_per_tensor_affine_cachemask special_expit special_erf special_xlogy
 special_log1p special_expm1 log_sigmoid_forward bernoulli
