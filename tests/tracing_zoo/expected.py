@@ -144,7 +144,10 @@ def decoder(order: tuple[int, ...] = (0, 1), *, tied: bool = False) -> list[Axis
 
 
 def torch_encoder() -> list[Axis]:
-    """Post-norm blocks on packed projections: 4 heads of 6."""
+    """Post-norm blocks on packed projections: 4 heads of 6.
+
+    The packed projection is viewed as ``3 x 4 x 6``: q, k and v keep one head size.
+    """
     residual, norms, groups = ["embed.weight:1", "head.weight:1"], [], []
     for i in (0, 1):
         layer = f"encoder.layers.{i}"
@@ -159,8 +162,7 @@ def torch_encoder() -> list[Axis]:
         o = f"{layer}.self_attn.out_proj.weight"
         groups += [
             axis(4, [*packed("n 6", 0, 24, 48), at(o, 1, "n 6")]),
-            axis(6, packed("4 n", 0, 24)),
-            axis(6, [*packed("4 n", 48), at(o, 1, "4 n")]),
+            axis(6, [*packed("4 n", 0, 24, 48), at(o, 1, "4 n")]),
             axis(22, whole(*affine(f"{layer}.linear1"), f"{layer}.linear2.weight:1")),
         ]
     return [axis(24, whole(*residual), norms=tuple(norms)), *groups]
@@ -174,8 +176,7 @@ def fused() -> list[Axis]:
         axis(18, whole("embed.weight:1", *affine("norm1", "norm2", "o", "down"), "qkv.weight:1",
                        "gate_up.weight:1", "head.weight:1"), norms=("norm1", "norm2")),
         axis(4, [*rows("n 6", 0, 24, 48), at("o.weight", 1, "n 6")]),
-        axis(6, rows("4 n", 0, 24)),
-        axis(6, [*rows("4 n", 48), at("o.weight", 1, "4 n")]),
+        axis(6, [*rows("4 n", 0, 24, 48), at("o.weight", 1, "4 n")]),  # viewed as 3 x 4 x 6
         axis(22, [*(at(f"gate_up.{t}", 0, start=s) for t in ("weight", "bias") for s in (0, 22)),
                   at("down.weight", 1)]),
     ]  # fmt: skip
@@ -191,8 +192,9 @@ def recurrent(gates: int) -> list[Axis]:
         axis(10, whole("embed.weight:1", "first.weight_ih_l0:1")),
         axis(14, [*cell("first", f"{gates} n"),
                   *whole("second.weight_ih_l0:1", "second.weight_ih_l0_reverse:1")]),
-        axis(12, [*cell("second", f"{gates} n"), at("head.weight", 1)]),
-        axis(12, [*cell("second", f"{gates} n", "_reverse"), at("head.weight", 1, start=12)]),
+        # Both directions keep their states in one tensor, so they keep one hidden size.
+        axis(12, [*cell("second", f"{gates} n"), *cell("second", f"{gates} n", "_reverse"),
+                  at("head.weight", 1), at("head.weight", 1, start=12)]),
     ]  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def contraction(node: OpNode) -> tuple[Value, Value] | None:
     """Return the activation and the parameter that a node multiplies and sums.
 
     Returns:
-        ``None`` for other nodes, and where both or neither come from a parameter.
+        ``None`` for other nodes, and where it cannot be told which one is the weight.
     """
     name = stem(node.op)
     if name == "einsum":
@@ -153,7 +153,8 @@ def contraction(node: OpNode) -> tuple[Value, Value] | None:
     if not isinstance(left, Value) or not isinstance(right, Value):
         return None
     sources = source(left), source(right)
-    if sources[1] is not None and sources[0] is None:
+    says = name == "linear" or name.startswith("conv")  # which one is the weight
+    if sources[1] is not None and (sources[0] is None or says):
         return left, sources[1]
     if sources[0] is not None and sources[1] is None:
         return right, sources[0]

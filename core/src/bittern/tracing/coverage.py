@@ -19,13 +19,18 @@ def guard_branches(flow: Flow, model: nn.Module) -> None:
     part in (a mask, positions) and that leaves no child unvisited is only noted.
     """
     graph = flow.graph
-    for path, learned in graph.branches.items():
-        if "?" in path:
-            continue
+    branches = {path: learned for path, learned in graph.branches.items() if "?" not in path}
+    if not graph.fake:  # something depended on values, maybe out of sight (`tolist`)
+        for idle in _unvisited(model, "", flow):
+            home = idle
+            while home and home not in graph.modules:
+                home = home.rpartition(".")[0]
+            branches.setdefault(home, False)
+    for path, learned in branches.items():
         unvisited = _unvisited(model.get_submodule(path), path, flow)
         if not unvisited and not learned:
             continue
-        what = f"; {', '.join(unvisited)} did not run" if unvisited else ""
+        what = f"; {', '.join(unvisited[:3])} did not run" if unvisited else ""
         flow.barriers.setdefault(
             path,
             f"it looks at the value of a tensor, so another input may take another way{what}",
@@ -37,12 +42,12 @@ def guard_branches(flow: Flow, model: nn.Module) -> None:
 
 def _unvisited(module: nn.Module, path: str, flow: Flow) -> list[str]:
     """Return the weight-bearing modules below ``module`` that did not run."""
-    return [
-        name
-        for name, child in module.named_modules()
-        if (f"{path}.{name}" if path and name else path or name) not in flow.graph.modules
-        and any(True for _ in child.parameters(recurse=False))
-    ]
+    found = []
+    for name, child in module.named_modules(prefix=path):
+        own = [n for n, _ in child.named_parameters(prefix=name, recurse=False)]
+        if own and name not in flow.graph.modules and not any(map(flow.graph.read, own)):
+            found.append(name)
+    return found
 
 
 def _handed_over(flow: Flow, path: str) -> Iterator[Value]:

@@ -99,7 +99,7 @@ class _Follower:
         self._leaves = leaves
         self._flow = flow
         self._order = order
-        self._outputs = frozenset(flow.graph.outputs)
+        self._outputs = frozenset((*flow.graph.outputs, *flow.graph.waiting))
         self._scaled: set[Value] = set()
         self._queued: set[OpNode] = set()
         self._heap: list[tuple[int, OpNode]] = []

@@ -118,7 +118,8 @@ class OpGraph:
         outputs: The tensors that the model returned.
         modules: Paths of the modules that ran.
         failure: Why the run ended early, ``""`` if it did not.
-        failed_in: Path of the module that ended it.
+        unfinished: Paths of the modules that were running then, the innermost first.
+        waiting: The tensors that were still held then: what was to be done with them is not known.
         branches: Modules that looked at the value of a tensor, which may decide what they do, and
             whether a parameter had a part in that value.
         fake: Whether the run computed shapes only.
@@ -131,6 +132,17 @@ class OpGraph:
     outputs: list[Value] = field(default_factory=list)
     modules: set[str] = field(default_factory=set)
     failure: str = ""
-    failed_in: str = ""
+    unfinished: tuple[str, ...] = ()
+    waiting: list[Value] = field(default_factory=list)
     branches: dict[str, bool] = field(default_factory=dict)
     fake: bool = True
+
+    @property
+    def failed_in(self) -> str:
+        """Path of the innermost module that was running when the run ended early."""
+        return self.unfinished[0] if self.unfinished else ""
+
+    def read(self, name: str) -> bool:
+        """Return whether a parameter or buffer was read."""
+        value = self.stored.get(name)
+        return value is not None and bool(value.users)

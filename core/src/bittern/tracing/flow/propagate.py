@@ -7,7 +7,7 @@ is ever guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from bittern.registry import OpTable
 from bittern.tracing.flow.axes import Axis, product, split_product, split_sum, unify
@@ -165,10 +165,17 @@ class Flow:
             return
         where = self.graph.failed_in or "the model"
         self.barriers[self.graph.failed_in] = f"the run ended here: {self.graph.failure}"
-        for value in list(self._axes):  # what would have read them is not known
-            if not value.stored and value.producer is not None and not value.users:
-                for axis in self.of(value):
-                    axis.fix(f"the run ended before it was read (in {where})", barrier=True)
+        for value in (*self.graph.waiting, *self._unread()):
+            for axis in self.of(value):
+                axis.fix(f"the run ended before it was read (in {where})", barrier=True)
+
+    def _unread(self) -> Iterator[Value]:
+        """Yield parameters and buffers that what did not run any more may read, too."""
+        for name, value in self.graph.stored.items():
+            homes = [n.rpartition(".")[0] for n in self.graph.names.get(name, (name,))]
+            done = self.graph.modules.difference(self.graph.unfinished)
+            if any(home not in done for home in homes):
+                yield value
 
     def _step(self, node: OpNode) -> None:
         entry = self._table.find(node.op)

@@ -11,6 +11,7 @@ the operators they are made of.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,7 +35,6 @@ ATTRIBUTE = "_bittern_value"
 READS_VALUES = frozenset(
     {"aten._local_scalar_dense.default", "aten.equal.default", "aten.is_nonzero.default"}
 )
-HALF = (torch.bfloat16, torch.float16)
 SILENT = frozenset({"aten.detach.default", "prim.device.default"})
 
 Knows = Callable[[str], bool]
@@ -82,7 +82,8 @@ def record(
             if fake and _depends_on_values(error):
                 raise NeedsValuesError(str(error)) from error
             graph.failure = f"{type(error).__name__}: {error}"
-            graph.failed_in = recorder.failed_in
+            graph.unfinished = tuple(recorder.unwound)
+            graph.waiting.extend(recorder.held())  # the traceback still holds what frames held
         else:
             graph.outputs.extend(v for t in _tensors(outputs) if (v := recorder.known(t)))
     return graph
@@ -130,7 +131,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stack: list[tuple[str, nn.Module]] = []
         self._names: dict[Any, tuple[str, bool]] = {}
         self._inside_leaf = 0
-        self.failed_in = ""
+        self._made: list[tuple[weakref.ref[Tensor], Value]] = []
+        self.unwound: list[str] = []  # modules that ended without an output, nothing done since
         for kind, named in (
             ("parameter", model.named_parameters()),
             ("buffer", model.named_buffers()),
@@ -193,6 +195,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 setattr(tensor, ATTRIBUTE, found)
         return found
 
+    def held(self) -> Iterator[Value]:
+        """Yield the values whose tensors somebody still holds."""
+        for reference, value in self._made:
+            if reference() is not None:
+                yield value
+
     def _moved(self, tensor: Tensor) -> Value | None:
         """Find a parameter that was replaced during the run (offloaded weights are)."""
         for path, module in reversed(self._stack):
@@ -245,6 +253,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.unwound.clear()
         entry = self._names.get(func)
         if entry is None:
             name = str(func)
@@ -273,11 +282,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if self._mode is None or name != "aten._grouped_mm.default" or args[0].dtype in HALF:
+        if self._mode is None or name != "aten._grouped_mm.default":
             return func(*args, **kwargs)
-        # The shape rule of this operator takes bfloat16 only, although a CPU computes float32 too.
-        a, b, *rest = args
-        return func(a.bfloat16(), b.bfloat16(), *rest, **kwargs).to(a.dtype)
+        # Its own shape rule takes what a GPU takes: bfloat16, sizes of multiples of eight.
+        a, b = args[:2]
+        if a.dim() == b.dim() == 2:
+            return func(*args, **kwargs)
+        lead = b.shape[:-2] if a.dim() == b.dim() == 3 else ()
+        return a.new_empty((*lead, a.shape[-2], b.shape[-1]))
 
     def _note(self, name: str, args: Any, kwargs: Any, made: Any) -> None:
         node = OpNode(
@@ -297,6 +309,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value.producer, value.learned = node, learned
             if id(item) not in self._stored:
                 setattr(item, ATTRIBUTE, value)
+                self._made.append((weakref.ref(item), value))
             outputs.append(value)
         node.outputs = tuple(outputs)
         for value in node.inputs():
@@ -322,8 +335,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not self._stack or self._stack[-1][1] is not module:
                 return
             path, _ = self._stack.pop()
-            if output is None and not self.failed_in:
-                self.failed_in = path
+            if output is None:
+                self.unwound.append(path)
+            else:
+                self.unwound.clear()
             if self._inside_leaf:
                 self._inside_leaf -= 1
                 if not self._inside_leaf:
