@@ -19,12 +19,14 @@ from bittern._version import __version__
 
 if TYPE_CHECKING:
     from bittern.api import (
+        analyze_symbols,
         calibrate,
         evaluate,
         export,
         load,
         plan,
         quantize,
+        recursive_trace,
         restore,
         revert,
         save,
@@ -37,19 +39,38 @@ if TYPE_CHECKING:
     from bittern.records import DataConfig, LoadConfig, Plan
     from bittern.report import Report, Result
     from bittern.toolkit import Toolkit
+    from bittern.tracing.symbolic import (
+        GraphCollection,
+        GraphDependencyProcessor,
+        NodeProcessor,
+        RobustTracer,
+        Symbol,
+        SymInfo,
+        SymMap,
+    )
+    from bittern.tracing.trace import Trace
 
 __all__ = [
     "BitternError",
     "DataConfig",
+    "GraphCollection",
+    "GraphDependencyProcessor",
     "LoadConfig",
+    "NodeProcessor",
     "Plan",
     "PluginError",
     "QuantModule",
     "Report",
     "Result",
+    "RobustTracer",
+    "SymInfo",
+    "SymMap",
+    "Symbol",
     "TensorQuantizer",
     "Toolkit",
+    "Trace",
     "__version__",
+    "analyze_symbols",
     "calibrate",
     "evaluate",
     "export",
@@ -57,6 +78,7 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "recursive_trace",
     "restore",
     "revert",
     "save",
@@ -66,12 +88,14 @@ __all__ = [
 
 _HOMES = {
     "bittern.api": (
+        "analyze_symbols",
         "calibrate",
         "evaluate",
         "export",
         "load",
         "plan",
         "quantize",
+        "recursive_trace",
         "restore",
         "revert",
         "save",
@@ -84,6 +108,16 @@ _HOMES = {
     "bittern.records": ("DataConfig", "LoadConfig", "Plan"),
     "bittern.report": ("Report", "Result"),
     "bittern.toolkit": ("Toolkit",),
+    "bittern.tracing.symbolic": (
+        "GraphCollection",
+        "GraphDependencyProcessor",
+        "NodeProcessor",
+        "RobustTracer",
+        "SymInfo",
+        "SymMap",
+        "Symbol",
+    ),
+    "bittern.tracing.trace": ("Trace",),
 }
 
 

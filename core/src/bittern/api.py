@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,17 @@ if TYPE_CHECKING:
     )
     from bittern.report import Result
     from bittern.runtime import Data, Progress
-    from bittern.tracing import Trace
+    from bittern.tracing import GraphCollection, SymMap, Trace
 
 __all__ = [
+    "analyze_symbols",
     "calibrate",
     "evaluate",
     "export",
     "load",
     "plan",
     "quantize",
+    "recursive_trace",
     "restore",
     "revert",
     "save",
@@ -60,9 +62,7 @@ def load(
     return _toolkit(toolkit).load(source, config)
 
 
-def trace(
-    model: nn.Module, example_inputs: Any = None, *, toolkit: Toolkit | None = None
-) -> Trace:
+def trace(model: nn.Module, example_inputs: Any = None, *, toolkit: Toolkit | None = None) -> Trace:
     """Run a model once on example inputs and find which of its tensors belong together.
 
     The run computes shapes only, so it works for models on the meta device too; where the model
@@ -81,6 +81,38 @@ def trace(
         TraceError: There are no example inputs, or nothing runs with them.
     """
     return _toolkit(toolkit).trace(model, example_inputs)
+
+
+def recursive_trace(
+    model: nn.Module,
+    concrete_args: Mapping[str, Any] | None = None,
+    *,
+    toolkit: Toolkit | None = None,
+) -> GraphCollection:
+    """Trace a model with torch.fx, and every module that cannot be traced on its own.
+
+    Args:
+        model: Any PyTorch model; it is not changed.
+        concrete_args: Arguments of the model's ``forward`` that are not symbolic.
+        toolkit: Plugins to use; they name modules that are not looked into.
+    """
+    return _toolkit(toolkit).recursive_trace(model, concrete_args)
+
+
+def analyze_symbols(
+    model: nn.Module,
+    concrete_args: Mapping[str, Any] | None = None,
+    *,
+    toolkit: Toolkit | None = None,
+) -> SymMap:
+    """Say of every width of a model whether it may change and what changes along, without inputs.
+
+    Args:
+        model: Any PyTorch model; it is not changed.
+        concrete_args: Arguments of the model's ``forward`` that are not symbolic.
+        toolkit: Plugins to use; they say which dimensions module classes have.
+    """
+    return _toolkit(toolkit).analyze_symbols(model, concrete_args)
 
 
 def plan(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from bittern.report import Result
     from bittern.runtime import Data, Progress
-    from bittern.tracing import Trace
+    from bittern.tracing import GraphCollection, SymMap, Trace
 
 __all__ = ["Toolkit", "default_toolkit"]
 
@@ -173,6 +173,23 @@ class Toolkit:
             )
         return self._trace(model, args, {**adapter.call_kwargs, **kwargs})
 
+    def recursive_trace(
+        self, model: nn.Module, concrete_args: Mapping[str, Any] | None = None
+    ) -> GraphCollection:
+        """Trace a model with torch.fx, and every module that cannot be traced on its own."""
+        from bittern.tracing import recursive_trace
+
+        return recursive_trace(model, concrete_args, leaves=self.registry.leaves)
+
+    def analyze_symbols(
+        self, model: nn.Module, concrete_args: Mapping[str, Any] | None = None
+    ) -> SymMap:
+        """Say of every width whether it may change, and what changes along."""
+        from bittern.tracing import analyze_symbols
+
+        rules = self.registry
+        return analyze_symbols(model, concrete_args, rules=rules.symbols, leaves=rules.leaves)
+
     def plan(self, model: nn.Module, recipe: RecipeLike, *, overrides: Sequence[str] = ()) -> Plan:
         """Decide who is quantized how; change nothing."""
         from bittern.planning import build_plan
@@ -219,9 +236,7 @@ class Toolkit:
             progress=progress if progress is not None else SILENT,
         )
 
-    def _trace(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Trace:
+    def _trace(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
         from bittern.nn import quantizers_off
         from bittern.tracing.trace import run_trace
 

@@ -11,13 +11,51 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bittern.tracing.symbolic import Symbol, SymInfo, SymMap
+    from bittern.tracing.symbolic import (
+        Analyzer,
+        GraphCollection,
+        GraphDependencyProcessor,
+        NodeProcessor,
+        RobustTracer,
+        Symbol,
+        SymDepth,
+        SymInfo,
+        SymMap,
+        analyze_symbols,
+        recursive_trace,
+    )
     from bittern.tracing.trace import Trace, run_trace
 
-__all__ = ["SymInfo", "SymMap", "Symbol", "Trace", "run_trace"]
+__all__ = [
+    "Analyzer",
+    "GraphCollection",
+    "GraphDependencyProcessor",
+    "NodeProcessor",
+    "RobustTracer",
+    "SymDepth",
+    "SymInfo",
+    "SymMap",
+    "Symbol",
+    "Trace",
+    "analyze_symbols",
+    "recursive_trace",
+    "run_trace",
+]
 
 _HOMES = {
-    "bittern.tracing.symbolic": ("SymInfo", "SymMap", "Symbol"),
+    "bittern.tracing.symbolic": (
+        "Analyzer",
+        "GraphCollection",
+        "GraphDependencyProcessor",
+        "NodeProcessor",
+        "RobustTracer",
+        "SymDepth",
+        "SymInfo",
+        "SymMap",
+        "Symbol",
+        "analyze_symbols",
+        "recursive_trace",
+    ),
     "bittern.tracing.trace": ("Trace", "run_trace"),
 }
 

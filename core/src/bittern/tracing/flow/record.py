@@ -25,8 +25,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from bittern.errors import BitternError
 from bittern.tracing.flow.graph import OpGraph, OpNode, Value
-from bittern.tracing.flow.state import untouched
+from bittern.tracing.preserve import unchanged
 
 __all__ = ["NeedsValuesError", "record"]
 
@@ -67,7 +68,9 @@ def record(
         NeedsValuesError: A fake run met something that depends on values.
     """
     graph = OpGraph(fake=fake)
-    with untouched(model), _whole(), torch.inference_mode(), contextlib.ExitStack() as stack:
+    with unchanged(model), _whole(), torch.inference_mode(), contextlib.ExitStack() as stack:
+        for module in model.modules():
+            module.__dict__["training"] = False  # `unchanged` puts it back
         mode = stack.enter_context(FakeTensorMode()) if fake else None
         recorder = _Recorder(model, graph, knows, leaf, mode)
         stack.enter_context(recorder.provenance())
@@ -76,6 +79,8 @@ def record(
         try:
             with recorder:
                 outputs = model(*args, **kwargs)
+        except BitternError:  # a rule that does not resolve, two that claim one operator
+            raise
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise NeedsValuesError(str(error)) from error
         except Exception as error:

@@ -9,7 +9,7 @@ The convention about inputs is that of torch's layers: images and sequences have
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -44,7 +44,7 @@ class Analyzer:
     def __init__(
         self,
         model: nn.Module,
-        concrete_args: dict[str, Any] | None = None,
+        concrete_args: Mapping[str, Any] | None = None,
         *,
         rules: ClassTable[SymbolRule] | None = None,
         leaves: ClassTable[LeafRule] | None = None,
@@ -114,7 +114,7 @@ class Analyzer:
 
 def analyze_symbols(
     model: nn.Module,
-    concrete_args: dict[str, Any] | None = None,
+    concrete_args: Mapping[str, Any] | None = None,
     *,
     rules: ClassTable[SymbolRule] | None = None,
     leaves: ClassTable[LeafRule] | None = None,

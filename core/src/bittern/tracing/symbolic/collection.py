@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
 
 from bittern.records import LeafRule
 from bittern.registry import ClassTable
-from bittern.tracing.symbolic.preserve import unchanged
+from bittern.tracing.preserve import unchanged
 from bittern.tracing.symbolic.tracer import RobustTracer
 
 __all__ = ["GraphCollection", "collect", "recursive_trace"]
@@ -80,7 +80,7 @@ class GraphCollection:
 
 def recursive_trace(
     model: nn.Module,
-    concrete_args: dict[str, Any] | None = None,
+    concrete_args: Mapping[str, Any] | None = None,
     *,
     leaves: ClassTable[LeafRule] | None = None,
     is_leaf: Callable[[nn.Module], bool] | None = None,
@@ -105,7 +105,7 @@ def recursive_trace(
 
 
 def collect(
-    model: nn.Module, tracer: RobustTracer, concrete_args: dict[str, Any] | None = None
+    model: nn.Module, tracer: RobustTracer, concrete_args: Mapping[str, Any] | None = None
 ) -> GraphCollection:
     """Do what `recursive_trace` does, with a given tracer."""
     graphs: dict[nn.Module, fx.Graph] = {}

@@ -8,7 +8,7 @@ keep the shape. Candidates are then left out in a trace of their own: what fails
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def find_skippable_blocks(
     symbols: SymMap,
     walk: GraphDependencyProcessor,
     *,
-    concrete_args: dict[str, Any] | None = None,
+    concrete_args: Mapping[str, Any] | None = None,
     leaves: ClassTable[LeafRule] | None = None,
 ) -> None:
     """Find the skippable blocks of every sequential that has a depth.

@@ -8,7 +8,7 @@ from typing import cast
 from torch import nn
 
 from bittern.records import SymbolRule
-from bittern.registry import ClassTable, Match, resolve
+from bittern.registry import ClassTable, Match, bound
 from bittern.tracing.symbolic.rules import SYMBOL_RULES
 from bittern.tracing.symbolic.symbols import Symbol, SymInfo
 
@@ -47,11 +47,11 @@ class SymMap:
         if module in self._names:
             return
         self._names[module] = name
-        cls = type(module)
+        cls: type[nn.Module] = getattr(module, "original_class", type(module))  # before conversion
         if cls not in found:
-            match = table.find(module)
+            match = table.find(module, cls)
             found[cls] = (
-                resolve(match.rule.symbols, plugin=match.plugin)
+                bound(match.rule.symbols, plugin=match.plugin, returns=SymInfo)
                 if isinstance(match, Match)
                 else match.reason
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dis
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any, cast
 
@@ -116,7 +116,7 @@ class RobustTracer(fx.Tracer):
     def trace(
         self,
         root: nn.Module | Callable[..., Any],
-        concrete_args: dict[str, Any] | None = None,
+        concrete_args: Mapping[str, Any] | None = None,
     ) -> fx.Graph:
         """Trace ``root``.
 
@@ -140,7 +140,7 @@ class RobustTracer(fx.Tracer):
         }
         self._running = [(root, [])]
         try:
-            return super().trace(root, concrete_args)
+            return super().trace(root, None if concrete_args is None else dict(concrete_args))
         except Exception as error:
             self._fail(root, error, called=self._running[0][1])
             return self._leaf_graph(root)
