@@ -15,6 +15,7 @@ EXPECTED = {
     "fp8-dynamic": {"weight": "fp8/channel", "input": "fp8/token/dynamic"},
     "int4": {"weight": "int4/group[128]"},
     "int8": {"weight": "int8/channel", "input": "int8/tensor"},
+    "int8-smoothquant": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-weight-only": {"weight": "int8/channel"},
 }
 
@@ -29,7 +30,7 @@ def test_a_shipped_recipe_is_valid_and_describes_itself(name: str, toolkit: Tool
 
     assert recipe.name == name
     assert recipe.description == toolkit.registry.recipes.get(name).description
-    assert [step.name for step in recipe.algorithm] == ["max"]
+    assert recipe.algorithm[-1].name == "max"
     assert "head" in recipe.skip[0].role
 
 

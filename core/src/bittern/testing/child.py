@@ -7,6 +7,7 @@ result or the traceback.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from datetime import timedelta
@@ -57,4 +58,7 @@ def _run(folder: Path, rank: int, job: dict[str, Any]) -> object:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    code = main(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # torch's threads sometimes abort a process that ends the long way
