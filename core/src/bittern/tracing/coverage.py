@@ -26,6 +26,9 @@ def guard_branches(flow: Flow, model: nn.Module) -> None:
             while home and home not in graph.modules:
                 home = home.rpartition(".")[0]
             branches.setdefault(home, False)
+        for value in _dead_ends(flow):
+            for axis in flow.of(value):
+                axis.fix("its values are read outside of torch, or not at all", barrier=True)
     for path, learned in branches.items():
         unvisited = _unvisited(model.get_submodule(path), path, flow)
         if not unvisited and not learned:
@@ -48,6 +51,16 @@ def _unvisited(module: nn.Module, path: str, flow: Flow) -> list[str]:
         if own and name not in flow.graph.modules and not any(map(flow.graph.read, own)):
             found.append(name)
     return found
+
+
+def _dead_ends(flow: Flow) -> Iterator[Value]:
+    """Yield what no operator reads: `tolist` and `numpy` take values where nobody can follow."""
+    outputs = set(flow.graph.outputs)
+    for node in flow.graph.nodes:
+        made = [value for value in node.outputs if value is not None]
+        written = node.op.split(".")[1].endswith("_")  # its output is its input
+        if not written and not any(value.users or value in outputs for value in made):
+            yield from (value for value in made if value.floating and value.learned)
 
 
 def _handed_over(flow: Flow, path: str) -> Iterator[Value]:

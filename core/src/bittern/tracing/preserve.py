@@ -25,14 +25,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         attributes = dict(vars(module))
         # The containers of parameters, buffers, modules and hooks are among these.
-        contents = [(v, v.copy()) for v in attributes.values() if v and _is_container(v)]
-        empty = [(v, None) for v in attributes.values() if not v and _is_container(v)]
-        kept.append((module, attributes, contents + empty))
-    random_state = torch.get_rng_state()
+        containers = [v for v in attributes.values() if isinstance(v, _CONTAINERS)]
+        kept.append((module, attributes, [(v, v.copy() if v else None) for v in containers]))
+    gpus = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
-        yield
+        with torch.random.fork_rng(devices=gpus):
+            yield
     finally:
-        torch.set_rng_state(random_state)
         for module, attributes, containers in kept:
             _restore(module.__dict__, attributes)
             for container, content in containers:
@@ -40,10 +39,6 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                     container.clear()
                 else:
                     _restore(container, content)
-
-
-def _is_container(value: object) -> bool:
-    return isinstance(value, _CONTAINERS)
 
 
 def _restore(container: Any, content: Any) -> None:
