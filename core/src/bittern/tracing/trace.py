@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bittern.errors import TraceError
 from bittern.records import Coverage, Fold, Group, LeafRule, SymbolRule
@@ -15,7 +16,7 @@ from bittern.registry import ClassTable, Match, OpTable
 from bittern.tracing.coverage import find_coverage, guard_branches
 from bittern.tracing.explain import explain
 from bittern.tracing.flow import Flow, OpGraph
-from bittern.tracing.flow.record import NeedsValuesError, record
+from bittern.tracing.flow.record import record
 from bittern.tracing.folds import find_folds
 from bittern.tracing.groups import collect_groups, settle_cuts
 from bittern.tracing.shared import find_shared_inputs
@@ -114,8 +115,14 @@ def run_trace(
         symbols: Rules for the dimensions of module classes.
 
     Raises:
-        TraceError: Not a single operator ran.
+        TraceError: Not a single operator ran, or a parameter is not initialized.
     """
+    for name, tensor in model.named_parameters():
+        if is_lazy(tensor):
+            raise TraceError(
+                f"the parameter {name} is not initialized",
+                hint="run the model once on real inputs: lazy modules take their sizes from them",
+            )
 
     def leaf(module: nn.Module) -> str:
         match = leaves.find(module)
@@ -143,24 +150,11 @@ def _record(
     leaf: Callable[[nn.Module], str],
 ) -> OpGraph:
     """Record shapes only; where that does not suffice, and the weights are there, run for real."""
-    fake: OpGraph | None = None
-    reason = ""
-    try:
-        fake = record(model, args, kwargs, knows=knows, leaf=leaf)
-        if not fake.failure:
-            return fake
-    except NeedsValuesError as error:
-        reason = str(error)
-    if all(not tensor.is_meta for tensor in _held(model)):
-        real = record(model, args, kwargs, knows=knows, leaf=leaf, fake=False)
-        if not real.failure or fake is None or len(real.nodes) > len(fake.nodes):
-            return real
-    if fake is None:
-        raise TraceError(
-            f"the model looks at values, and its weights are on the meta device: {reason}",
-            hint="load the weights, then trace",
-        )
-    return fake
+    fake = record(model, args, kwargs, knows=knows, leaf=leaf)
+    if not fake.failure or any(tensor.is_meta for tensor in _held(model)):
+        return fake
+    real = record(model, args, kwargs, knows=knows, leaf=leaf, fake=False)
+    return real if not real.failure or len(real.nodes) > len(fake.nodes) else fake
 
 
 def _held(model: nn.Module) -> list[Tensor]:

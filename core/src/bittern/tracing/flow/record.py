@@ -11,25 +11,21 @@ the operators they are made of.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from bittern.errors import BitternError
 from bittern.tracing.flow.graph import OpGraph, OpNode, Value
 from bittern.tracing.preserve import unchanged
 
-__all__ = ["NeedsValuesError", "record"]
+__all__ = ["record"]
 
 CPU = torch.device("cpu")
 ATTRIBUTE = "_bittern_value"
@@ -39,10 +35,6 @@ READS_VALUES = frozenset(
 SILENT = frozenset({"aten.detach.default", "prim.device.default"})
 
 Knows = Callable[[str], bool]
-
-
-class NeedsValuesError(Exception):
-    """The model looks at values, which a fake run does not have."""
 
 
 def record(
@@ -64,11 +56,18 @@ def record(
         leaf: Why a module is not to be looked into, ``""`` for the others.
         fake: Whether to compute shapes only.
 
-    Raises:
-        NeedsValuesError: A fake run met something that depends on values.
+    Returns:
+        The graph, up to where the run ended: early where the model raised, or looked at values
+        that a fake run does not have.
     """
     graph = OpGraph(fake=fake)
-    with unchanged(model), _whole(), torch.inference_mode(), contextlib.ExitStack() as stack:
+    with (
+        unchanged(model),
+        _whole(),
+        _quiet(),
+        torch.inference_mode(),
+        contextlib.ExitStack() as stack,
+    ):
         for module in model.modules():
             module.__dict__["training"] = False  # `unchanged` puts it back
         mode = stack.enter_context(FakeTensorMode()) if fake else None
@@ -81,11 +80,7 @@ def record(
                 outputs = model(*args, **kwargs)
         except BitternError:  # a rule that does not resolve, two that claim one operator
             raise
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise NeedsValuesError(str(error)) from error
         except Exception as error:
-            if fake and _depends_on_values(error):
-                raise NeedsValuesError(str(error)) from error
             graph.failure = f"{type(error).__name__}: {error}"
             graph.unfinished = tuple(recorder.unwound)
             graph.waiting.extend(recorder.held())  # the traceback still holds what frames held
@@ -105,12 +100,16 @@ def _whole() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _depends_on_values(error: Exception) -> bool:
-    """Whether an error is there only because fake tensors have no values."""
-    name = type(error).__name__
-    return name in ("GuardOnDataDependentSymNode", "UnsupportedFakeTensorException") or (
-        "fake" in str(error).lower() or "data-dependent" in str(error).lower()
-    )
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging what ends a fake run: the graph says it, and a real run follows."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
