@@ -9,8 +9,10 @@ import torch
 from bittern.testing import (
     ExportCase,
     ExporterConformance,
+    LeafCase,
     ModuleCase,
     ModuleConformance,
+    OpCase,
     PluginConformance,
     SymbolCase,
     SymbolConformance,
@@ -21,6 +23,7 @@ from torch import nn
 from heron_framework.attention import DotProduct
 from heron_framework.layers import Linear
 from heron_framework.model import Encoder
+from heron_framework.ops import swish
 
 
 class TestPlugin(PluginConformance):
@@ -50,11 +53,17 @@ class TestSymbols(SymbolConformance):
     plugin = "heron"
 
     def cases(self) -> list[SymbolCase]:
-        return [SymbolCase("linear", make=lambda: Linear(32, 16))]
+        return [SymbolCase("linear", make=lambda: Linear(32, 16), inputs=normal(8, 32))]
 
 
 class TestTrace(TraceConformance):
     plugin = "heron"
+
+    def cases(self) -> list[LeafCase | OpCase]:
+        return [
+            LeafCase("dot-product", make=DotProduct, inputs=normal(2, 4, 8, count=3)),
+            OpCase("swish", call=swish, inputs=normal(3, 4, 5)),
+        ]
 
 
 def encoder() -> nn.Module:

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from bittern.records import LeafRule
+from bittern.registry import ClassTable, Registry
+
 # Tests that start processes; a mistake that is not about them does without.
 SLOW = "not imports_fast and not cuda and not unpatched and not fresh_process and not two_processes"
 
@@ -459,7 +462,11 @@ MISTAKES = [
         "hooks",
         "aten.linear.default",
         "aten.lineal.default",
-        {"test_op_names_resolve"},
+        {
+            "test_op_names_resolve",
+            "test_every_op_rule_has_a_case",
+            "test_an_op_case_runs_an_operator_of_the_plugin",
+        },
     ),
     Mistake(
         "has no word for its leaf",
@@ -470,11 +477,112 @@ MISTAKES = [
         {"test_leaves_have_reasons"},
     ),
     Mistake(
+        "enters what was moved",
+        "TestTrace",
+        "hooks",
+        'LeafRule(target="plover.layers:Scaled"',
+        'LeafRule(target="plover.layers:Other"',
+        {
+            "test_leaf_targets_resolve",
+            "test_every_leaf_rule_has_a_case",
+            "test_recursive_trace_does_not_enter_a_leaf",
+            "test_trace_does_not_enter_a_leaf",
+        },
+    ),
+    Mistake(
+        "has a rule for an operator that no case runs",
+        "TestTrace",
+        "hooks",
+        "aten.linear.default",
+        "aten.bilinear.*",
+        {"test_every_op_rule_has_a_case", "test_an_op_case_runs_an_operator_of_the_plugin"},
+    ),
+    Mistake(
+        "gives too few axes",
+        "TestTrace",
+        "rest",
+        "return (*x[:-1], weight[0])",
+        "return x[:-1]",
+        {"test_an_op_flow_gives_axes"},
+    ),
+    Mistake(
+        "has a flow function of another shape",
+        "TestTrace",
+        "rest",
+        "def flow(node, flow):",
+        "def flow(node):",
+        {"test_an_op_flow_gives_axes"},
+    ),
+    Mistake(
+        "does not say that the features of input and weight meet",
+        "TestTrace",
+        "rest",
+        "    flow.same(x[-1], weight[1])\n",
+        "",
+        {"test_an_op_flow_is_true"},
+    ),
+    Mistake(
+        "does not say where the outputs come from",
+        "TestTrace",
+        "rest",
+        "return (*x[:-1], weight[0])",
+        "return (*x[:-1], flow.fresh(weight[0].size))",
+        {"test_an_op_flow_is_true"},
+    ),
+    Mistake(
         "knows no symbols",
         "TestSymbols",
         "rest",
-        'return {"out": module.weight.shape[0]}',
-        "return None",
+        "    return SymInfo(\n",
+        "    return dict(\n",
+        {"test_the_symbols_function_answers", "test_the_trace_uses_the_symbols"},
+    ),
+    Mistake(
+        "forgets a parameter",
+        "TestSymbols",
+        "rest",
+        'tensors={"weight": 0, "gain": 0}',
+        'tensors={"weight": 0}',
+        {"test_symbols_fit_the_tensors", "test_symbols_are_true"},
+    ),
+    Mistake(
+        "names the wrong dimension of a weight",
+        "TestSymbols",
+        "rest",
+        'size=inputs, tensors={"weight": 1}',
+        'size=inputs, tensors={"weight": 0}',
+        {"test_symbols_fit_the_tensors", "test_symbols_are_true"},
+    ),
+    Mistake(
+        "gives no size",
+        "TestSymbols",
+        "rest",
+        "            size=outputs,\n",
+        "",
+        {"test_symbols_fit_the_tensors"},
+    ),
+    Mistake(
+        "names the wrong dimension of the output",
+        "TestSymbols",
+        "rest",
+        "cl_type=kinds.OUTGOING,\n            elastic_dims={-1},",
+        "cl_type=kinds.OUTGOING,\n            elastic_dims={0},",
+        {"test_symbols_are_true"},
+    ),
+    Mistake(
+        "calls sortable what has an order",
+        "TestSymbols",
+        "layers",
+        "return nn.functional.linear(x, self.weight)",
+        "return nn.functional.linear(x.cumsum(-1), self.weight)",
+        {"test_symbols_are_true"},
+    ),
+    Mistake(
+        "writes into the module that it looks at",
+        "TestSymbols",
+        "rest",
+        "    outputs, inputs = module.weight.shape\n",
+        "    outputs, inputs = module.weight.shape\n    module.seen = True\n",
         {"test_the_symbols_function_answers"},
     ),
 ]
@@ -492,3 +600,23 @@ def test_a_mistake_is_noticed_by_the_test_that_is_about_it(mistake: Mistake, run
     messages = [m for n, m in outcomes.messages.items() if outcomes.by_test[n] == "failed"]
     assert outcomes.failed() == mistake.noticed_by, "\n\n".join(messages)
     assert "passed" in outcomes.by_test.values()
+
+
+def test_a_tracer_that_enters_a_leaf_is_noticed(
+    run_kit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Registry, "leaves", ClassTable[LeafRule]([]))
+    outcomes = run_kit("-k", "TestTrace")
+
+    assert outcomes.failed() == {
+        "test_recursive_trace_does_not_enter_a_leaf",
+        "test_trace_does_not_enter_a_leaf",
+    }
+
+
+def test_a_rule_for_all_overloads_has_a_name_of_its_own(run_kit: Any) -> None:
+    changes = {"hooks": ("aten.linear.default", "aten.linear.*")}
+    outcomes = run_kit("-k", "TestTrace", changes=changes)
+
+    assert outcomes.failed() == set()
+    assert set(outcomes.by_test.values()) == {"passed"}

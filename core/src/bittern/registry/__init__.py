@@ -2,7 +2,7 @@
 
 from bittern.registry.kernels import KernelTable
 from bittern.registry.modules import ANY, ClassTable, Match, NoMatch
-from bittern.registry.ops import OpMatch, OpTable
+from bittern.registry.ops import OpMatch, OpTable, op_names
 from bittern.registry.registry import Registry
 from bittern.registry.tables import NamedTable, nearest
 from bittern.registry.targets import bound, resolve, target_of, why_dead
@@ -19,6 +19,7 @@ __all__ = [
     "Registry",
     "bound",
     "nearest",
+    "op_names",
     "resolve",
     "target_of",
     "why_dead",

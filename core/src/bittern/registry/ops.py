@@ -10,7 +10,17 @@ from bittern.errors import PluginConflictError
 from bittern.records import OpRule
 from bittern.registry.targets import resolve
 
-__all__ = ["OpMatch", "OpTable"]
+__all__ = ["OpMatch", "OpTable", "op_names"]
+
+
+def op_names(op: str) -> tuple[str, ...]:
+    """Return the names under which an operator can have a rule, the closest first.
+
+    Args:
+        op: Qualified name, for example ``"aten.add_.Tensor"``.
+    """
+    packet = op.rpartition(".")[0]
+    return op, f"{packet}.*", f"{packet.removesuffix('_')}.*"
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,7 @@ class OpTable:
             PluginError: The rule's function does not resolve.
         """
         if op not in self._found:
-            packet = op.rpartition(".")[0]
-            names = (op, f"{packet}.*", f"{packet.removesuffix('_')}.*")
-            items = next((self._rules[name] for name in names if name in self._rules), None)
+            items = next((self._rules[n] for n in op_names(op) if n in self._rules), None)
             self._found[op] = None if items is None else self._best(items)
         return self._found[op]
 

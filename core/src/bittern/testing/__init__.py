@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from bittern.testing.plugin import PluginConformance
     from bittern.testing.processes import ChildFailedError, run_distributed, run_fresh
     from bittern.testing.recorder import HookCall, HookRecorder
-    from bittern.testing.symbols import SymbolCase, SymbolConformance, TraceConformance
+    from bittern.testing.symbols import SymbolCase, SymbolConformance
+    from bittern.testing.traces import LeafCase, OpCase, TraceConformance
 
 __all__ = [
     "AlgorithmCase",
@@ -50,8 +51,10 @@ __all__ = [
     "HookCall",
     "HookRecorder",
     "KernelConformance",
+    "LeafCase",
     "ModuleCase",
     "ModuleConformance",
+    "OpCase",
     "PluginConformance",
     "PluginHarness",
     "SymbolCase",
@@ -82,7 +85,8 @@ _HOMES = {
     "plugin": ("PluginConformance",),
     "processes": ("ChildFailedError", "run_distributed", "run_fresh"),
     "recorder": ("HookCall", "HookRecorder"),
-    "symbols": ("SymbolCase", "SymbolConformance", "TraceConformance"),
+    "symbols": ("SymbolCase", "SymbolConformance"),
+    "traces": ("LeafCase", "OpCase", "TraceConformance"),
 }
 
 

@@ -24,8 +24,14 @@ def linear_symbols(module: Linear) -> SymInfo:
 
     kinds = Symbol.CLType
     return SymInfo(
-        in_features=Symbol(cl_type=kinds.INCOMING, elastic_dims={-1}),
-        out_features=Symbol(is_searchable=True, cl_type=kinds.OUTGOING, elastic_dims={-1}),
+        kept_dims="other",
+        in_features=Symbol(cl_type=kinds.INCOMING, elastic_dims={-1}, tensors={"weight": 1}),
+        out_features=Symbol(
+            is_searchable=True,
+            cl_type=kinds.OUTGOING,
+            elastic_dims={-1},
+            tensors={"weight": 0, "bias": 0},
+        ),
     )
 
 
