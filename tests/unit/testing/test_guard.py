@@ -9,12 +9,21 @@ import pytest
 from bittern.testing import Conformance, TraceConformance
 
 HEAD = """
-import pytest
+import plover, pytest, torch
 from bittern.testing import AlgorithmConformance, ModuleConformance, TraceConformance
+from bittern.testing import LeafCase, OpCase
 
 class TestTrace(TraceConformance):
     plugin = "plover"
+    cases = CASES
 """
+CASES = """(
+        LeafCase("leaf", make=lambda: plover.Scaled(6, 4), inputs=lambda g: (torch.ones(3, 6),)),
+        OpCase("op", call=torch.nn.functional.linear,
+               inputs=lambda g: (torch.randn(3, 6, generator=g), torch.randn(4, 6, generator=g))),
+    )"""
+TRACE = HEAD.replace("CASES", CASES)
+EMPTY = HEAD.replace("CASES", "()")
 GUARD = "test_no_standard_test_was_dropped"
 
 
@@ -34,7 +43,7 @@ def indented(text: str) -> str:
     ids=["deleted", "replaced", "xfail", "empty-reason", "other-mark"],
 )
 def test_a_dropped_test_is_named(body: str, run_kit: Any) -> None:
-    outcomes = run_kit(tests=HEAD + indented(body))
+    outcomes = run_kit(tests=TRACE + indented(body))
 
     assert outcomes.failed() == {GUARD}
     message = outcomes.messages[f"TestTrace::{GUARD}"]
@@ -44,7 +53,7 @@ def test_a_dropped_test_is_named(body: str, run_kit: Any) -> None:
 
 def test_a_mixin_that_replaces_a_test_is_noticed(run_kit: Any) -> None:
     mixin = "class Mixin:\n    def test_op_names_resolve(self): pass\n"
-    source = HEAD.replace("class TestTrace(", mixin + "class TestTrace(Mixin, ")
+    source = TRACE.replace("class TestTrace(", mixin + "class TestTrace(Mixin, ")
 
     assert run_kit(tests=source).failed() == {GUARD}
 
@@ -55,7 +64,7 @@ def test_a_mixin_that_replaces_a_test_is_noticed(run_kit: Any) -> None:
 )
 def test_a_declared_exception_is_fine(mark: str, run_kit: Any) -> None:
     body = f"@pytest.mark.{mark}\ndef test_op_names_resolve(self): raise AssertionError"
-    outcomes = run_kit(tests=HEAD + indented(body))
+    outcomes = run_kit(tests=TRACE + indented(body))
 
     assert outcomes.failed() == set()
     assert outcomes.by_test["TestTrace::test_op_names_resolve"] in ("xfailed", "skipped")
@@ -63,7 +72,7 @@ def test_a_declared_exception_is_fine(mark: str, run_kit: Any) -> None:
 
 
 def test_a_class_without_cases_is_noticed(run_kit: Any) -> None:
-    source = HEAD.replace("TestTrace(TraceConformance)", "TestModules(ModuleConformance)")
+    source = EMPTY.replace("TestTrace(TraceConformance)", "TestModules(ModuleConformance)")
     outcomes = run_kit(tests=source)
 
     assert outcomes.failed() == {GUARD}
@@ -71,7 +80,7 @@ def test_a_class_without_cases_is_noticed(run_kit: Any) -> None:
 
 
 def test_two_cases_of_one_name_are_refused(run_kit: Any) -> None:
-    source = HEAD.replace("TestTrace(TraceConformance)", "TestMax(AlgorithmConformance)")
+    source = EMPTY.replace("TestTrace(TraceConformance)", "TestMax(AlgorithmConformance)")
     source += indented(
         "def cases(self):\n"
         "    from bittern.testing import AlgorithmCase\n"
