@@ -18,6 +18,10 @@ def find_shared_inputs(graph: OpGraph) -> tuple[tuple[str, ...], ...]:
     readers: dict[Value, dict[str, None]] = {}
     known: dict[object, Value] = {}
     for node in graph.nodes:
+        if node.module in graph.sealed and node.op.startswith("module.") and node.kwargs:
+            for value in filter(None, node.args[0]):  # a layer that is not looked into
+                readers.setdefault(_first(value, known), {})[node.module] = None
+            continue
         pair = contraction(node)
         if pair is None:
             continue

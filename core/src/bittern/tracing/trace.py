@@ -19,6 +19,7 @@ from bittern.tracing.flow import Flow, OpGraph
 from bittern.tracing.flow.record import record
 from bittern.tracing.folds import find_folds
 from bittern.tracing.groups import collect_groups, settle_cuts
+from bittern.tracing.sealed import sealed_flow
 from bittern.tracing.shared import find_shared_inputs
 from bittern.tracing.symbolic import GraphCollection, SymMap, analyze_symbols, recursive_trace
 
@@ -135,7 +136,7 @@ def run_trace(
             where=graph.failed_in or None,
             hint="give example_inputs as a tuple of positional or a dict of keyword arguments",
         )
-    flow = Flow(graph, ops)
+    flow = Flow(graph, ops, sealed_flow(model, symbols))
     flow.run()
     settle_cuts(flow)
     guard_branches(flow, model)
@@ -154,7 +155,11 @@ def _record(
     if not fake.failure or any(tensor.is_meta for tensor in _held(model)):
         return fake
     real = record(model, args, kwargs, knows=knows, leaf=leaf, fake=False)
-    return real if not real.failure or len(real.nodes) > len(fake.nodes) else fake
+    if not real.failure or len(real.nodes) > len(fake.nodes):
+        return real
+    if len(real.nodes) == len(fake.nodes):
+        fake.failure = real.failure  # the same place, in words that are not about fake tensors
+    return fake
 
 
 def _held(model: nn.Module) -> list[Tensor]:

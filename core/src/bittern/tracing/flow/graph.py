@@ -122,6 +122,7 @@ class OpGraph:
         waiting: The tensors that were still held then: what was to be done with them is not known.
         branches: Modules that looked at the value of a tensor, which may decide what they do, and
             whether a parameter had a part in that value.
+        sealed: Modules that were not looked into, and why.
         fake: Whether the run computed shapes only.
     """
 
@@ -135,6 +136,7 @@ class OpGraph:
     unfinished: tuple[str, ...] = ()
     waiting: list[Value] = field(default_factory=list)
     branches: dict[str, bool] = field(default_factory=dict)
+    sealed: dict[str, str] = field(default_factory=dict)
     fake: bool = True
 
     @property

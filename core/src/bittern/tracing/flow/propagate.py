@@ -18,18 +18,27 @@ __all__ = ["Axes", "Flow", "FlowRule"]
 Axes = tuple[Axis, ...]
 FlowRule = Callable[..., "Axes | list[Axes | None] | None"]
 
-NOT_LOOKED_INTO = "a module that is not looked into"
-
 
 class Flow:
     """The axes of every tensor of a graph.
+
+    Args:
+        graph: What ran.
+        table: Rules for operators.
+        sealed: The rule for modules that were not looked into; ``None`` where there is none.
 
     Attributes:
         barriers: Module path to why the analysis stopped there.
     """
 
-    def __init__(self, graph: OpGraph, table: OpTable) -> None:
+    def __init__(
+        self,
+        graph: OpGraph,
+        table: OpTable,
+        sealed: Callable[[OpNode, Flow], Axes | None] = lambda node, flow: None,
+    ) -> None:
         self.graph = graph
+        self._sealed = sealed
         self.barriers: dict[str, str] = {}
         self._table = table
         self._axes: dict[Value, Axes] = {}
@@ -178,14 +187,22 @@ class Flow:
                 yield value
 
     def _step(self, node: OpNode) -> None:
+        made: Axes | list[Axes | None] | None
         entry = self._table.find(node.op)
-        if entry is None:
-            leaf = node.op.startswith("module.")
-            self._barrier(node, NOT_LOOKED_INTO if leaf else f"there is no rule for {node.op}")
+        leaf = node.op.startswith("module.")
+        if entry is None and not leaf:
+            self._barrier(node, f"there is no rule for {node.op}")
             return
-        plugin = entry.plugin
+        plugin = entry.plugin if entry is not None else "the symbols"
         try:
-            made = entry.flow(node, self, **entry.options)
+            if entry is None:
+                made = self._sealed(node, self)
+                if made is None:
+                    why = self.graph.sealed.get(node.module) or "a leaf"
+                    self._barrier(node, f"it is not looked into: {why}")
+                    return
+            else:
+                made = entry.flow(node, self, **entry.options)
         except Exception as error:  # a rule that fails must not cost the whole trace
             self._barrier(
                 node, f"the rule of {plugin} for {node.op}: {type(error).__name__}: {error}"

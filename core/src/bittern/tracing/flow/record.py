@@ -135,6 +135,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stack: list[tuple[str, nn.Module]] = []
         self._names: dict[Any, tuple[str, bool]] = {}
         self._inside_leaf = 0
+        self._leaf_reads: dict[Value, None] = {}
         self._made: list[tuple[weakref.ref[Tensor], Value]] = []
         self.unwound: list[str] = []  # modules that ended without an output, nothing done since
         for kind, named in (
@@ -247,6 +248,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _values(self, item: Any) -> Any:
         if isinstance(item, Tensor):
             return self.known(item)
+        if isinstance(item, Value):
+            return item
         if isinstance(item, list | tuple):
             return [self._values(i) for i in item]
         return item
@@ -274,6 +277,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
+        if self._inside_leaf:
+            self._note_reads(args, kwargs)
         made = self._run(func, name, args, kwargs)
         if name in READS_VALUES:
             path = self._stack[-1][0] if self._stack else ""
@@ -284,6 +289,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name in SILENT and isinstance(made, Tensor):
             setattr(made, ATTRIBUTE, self.known(args[0]))
         return made
+
+    def _note_reads(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remember which tensors from outside a leaf module reads."""
+        for tensor in _tensors([*args, *kwargs.values()]):
+            found = self._stored.get(id(tensor)) or getattr(tensor, ATTRIBUTE, None)
+            if found is not None:
+                self._leaf_reads[found] = None
 
     def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._mode is None or name != "aten._grouped_mm.default":
@@ -359,11 +371,22 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 handle.remove()
 
     def _note_leaf(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        """Record a module that is not looked into as one operator."""
-        reads = [*_tensors(args), *module.parameters(), *module.buffers()]
+        """Record a module that is not looked into as one operator.
+
+        Its arguments are the tensors among the positional arguments and whatever else it read; its
+        keyword arguments are its parameters and buffers.
+        """
+        positional = [item if isinstance(item, Tensor) else None for item in args]
+        direct = {id(self.known(item)) for item in positional if item is not None}
+        own = dict((*module.named_parameters(), *module.named_buffers()))
+        held = {id(self.known(tensor)) for tensor in own.values()}
+        others = [v for v in self._leaf_reads if id(v) not in direct | held]
+        self._leaf_reads.clear()
+        op = f"module.{type(module).__qualname__}"
         self._stack.append((path, module))
-        self._note(f"module.{type(module).__qualname__}", (reads,), {}, list(_tensors(output)))
+        self._note(op, (positional, others), own, list(_tensors(output)))
         self._stack.pop()
+        self._graph.sealed[path] = self._leaf(module)
 
 
 def _composite(func: Any) -> bool:
