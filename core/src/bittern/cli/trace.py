@@ -14,6 +14,7 @@ __all__ = ["trace"]
 EPILOG = """\b
 Examples:
   bittern trace MODEL
+  bittern trace MODEL --tree
   bittern trace MODEL --explain model.layers.0.mlp.up_proj
   bittern trace MODEL --dot trace.dot --json"""
 
@@ -21,6 +22,7 @@ Examples:
 @click.command(epilog=EPILOG)
 @model_argument
 @click.option("--explain", metavar="NAME", help="Say in words what belongs to a module or tensor.")
+@click.option("--tree", is_flag=True, help="Show what the dimensions of all weights are made of.")
 @click.option(
     "--dot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -31,7 +33,14 @@ Examples:
 @json_option
 @pass_app
 def trace(
-    app: App, *, model: str, explain: str | None, dot: Path | None, dtype: str, device: str
+    app: App,
+    *,
+    model: str,
+    explain: str | None,
+    tree: bool,
+    dot: Path | None,
+    dtype: str,
+    device: str,
 ) -> None:
     """Find which tensors of a model belong together.
 
@@ -51,11 +60,12 @@ def trace(
     if picture is not None and dot is not None and str(dot) != "-":
         _write(dot, picture)
     if app.json:
-        extra = {"explanation": words} if words is not None else {}
-        app.emit({**found.to_dict(), **extra, **({"dot": picture} if str(dot) == "-" else {})})
+        extra = {"explanation": words, "tree": found.to_tree() if tree else None}
+        extra["dot"] = picture if str(dot) == "-" else None
+        app.emit({**found.to_dict(), **{k: v for k, v in extra.items() if v is not None}})
         return
-    if words is not None:
-        click.echo(words)
+    if words is not None or tree:
+        click.echo(words if words is not None else found.to_tree().rstrip())
         return
     from bittern.report.traces import show_trace
 

@@ -26,8 +26,12 @@ def explain(trace: Trace, name: str) -> str:
     Raises:
         TraceError: The model has nothing of that name.
     """
-    named = dict(trace.model.named_modules())
-    tensors = [*dict(trace.model.named_parameters()), *dict(trace.model.named_buffers())]
+    named = dict(trace.model.named_modules(remove_duplicate=False))
+    model = trace.model
+    tensors = [
+        *(n for n, _ in model.named_parameters(remove_duplicate=False)),
+        *(n for n, _ in model.named_buffers(remove_duplicate=False)),
+    ]
     if name in named:
         prefix = f"{name}." if name else ""
         wanted = [t for t in tensors if t.startswith(prefix) and "." not in t[len(prefix) :]]
@@ -51,10 +55,11 @@ def explain(trace: Trace, name: str) -> str:
 
 
 def _tensor(trace: Trace, name: str) -> list[str]:
-    value = trace.flow.graph.stored.get(name)
-    if value is None or not value.users:
+    value = trace.flow.graph.find(name)
+    if value is None:
         return [f"{name}: nobody read it in this run"]
-    lines = [f"{name} {list(value.shape)}"]
+    same = f", the same tensor as {value.name}" if value.name != name else ""
+    lines = [f"{name} {list(value.shape)}{same}"]
     for dim, axis in enumerate(trace.flow.of(value)):
         lines.append(f"  dim {dim} = {describe(axis)}")
         for leaf, rows in positions(axis).items():

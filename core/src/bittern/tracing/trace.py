@@ -89,6 +89,12 @@ class Trace:
 
         return to_dict(self)
 
+    def to_tree(self) -> str:
+        """Return the weight-bearing modules as a tree, with what their dimensions are made of."""
+        from bittern.tracing.tree import to_tree
+
+        return to_tree(self)
+
     def to_dot(self) -> str:
         """Return the weights, shared inputs, folds and groups as a graph in DOT."""
         from bittern.tracing.output import to_dot

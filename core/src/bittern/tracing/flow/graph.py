@@ -144,7 +144,14 @@ class OpGraph:
         """Path of the innermost module that was running when the run ended early."""
         return self.unfinished[0] if self.unfinished else ""
 
-    def read(self, name: str) -> bool:
-        """Return whether a parameter or buffer was read."""
+    def find(self, name: str) -> Value | None:
+        """Return a parameter or buffer that was read, by any of its names."""
         value = self.stored.get(name)
-        return value is not None and bool(value.users)
+        if value is None:
+            first = next((n for n, names in self.names.items() if name in names), None)
+            value = self.stored.get(first) if first is not None else None
+        return value if value is not None and value.users else None
+
+    def read(self, name: str) -> bool:
+        """Return whether a parameter or buffer was read, by any of its names."""
+        return self.find(name) is not None
