@@ -63,9 +63,7 @@ def observe_max(
                 "(--dtype float32), or leave it out",
             )
         found[name] = observer.result()
-    reduced = reduce_max(found, str(problem) if problem is not None else None)
-    if problem is not None:
-        raise problem
+    reduced = reduce_max(found, problem)
     return {
         name: None if value is None else value.to(_device(found[name], value))
         for name, value in reduced.items()

@@ -1,11 +1,12 @@
 """Brings the statistics of several processes together (data-parallel calibration).
 
 Every rank runs its own share of the data; the ranges are the largest over all ranks. A rank that
-met an error says so before anybody waits for its numbers, so that all ranks stop, none hangs.
+met an error says so wherever the others wait for it, so that all ranks stop, none hangs.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,61 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from bittern.errors import CalibrationError
+from bittern.errors import BitternError, CalibrationError
 
-__all__ = ["reduce_max"]
+__all__ = ["RankError", "agree", "reduce_max"]
+
+log = logging.getLogger("bittern.calibration")
 
 
-def reduce_max(values: Mapping[str, Tensor | None], error: str | None) -> dict[str, Tensor | None]:
+class RankError(CalibrationError):
+    """What stopped one rank, or does not fit between them; it is raised on all of them."""
+
+
+def agree(error: Exception | None = None, payload: Any = None) -> list[Any]:
+    """Tell all ranks how this one fared; stop them all if one failed.
+
+    Every rank must come here equally often; one that failed comes once more and never again.
+
+    Args:
+        error: What went wrong on this rank, if anything did.
+        payload: Plain data for the others.
+
+    Returns:
+        The payloads by rank.
+
+    Raises:
+        RankError: A rank failed; names it, and says why. In one process, ``error`` itself.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if error is not None:
+            raise error
+        return [payload]
+    if error is not None:
+        log.error("this rank failed, the others are told when they get here: %s", error)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (_plain(error), payload))
+    failed = [rank for rank, (problem, _) in enumerate(gathered) if problem is not None]
+    if failed:
+        what, where, hint = gathered[failed[0]][0]
+        others = f" (and so did {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise RankError(
+            f"rank {failed[0]} of {len(gathered)} failed{others}: {what}", where=where, hint=hint
+        ) from error
+    return [theirs for _, theirs in gathered]
+
+
+def _plain(error: Exception | None) -> tuple[str, str | None, str | None] | None:
+    if error is None:
+        return None
+    if isinstance(error, BitternError):
+        return error.what, error.where, error.hint
+    return f"{type(error).__name__}: {error}", None, None
+
+
+def reduce_max(
+    values: Mapping[str, Tensor | None], error: Exception | None
+) -> dict[str, Tensor | None]:
     """Return the elementwise maximum over all ranks; in one process, the values themselves.
 
     Args:
@@ -26,28 +76,23 @@ def reduce_max(values: Mapping[str, Tensor | None], error: str | None) -> dict[s
         error: What went wrong on this rank, if anything did.
 
     Raises:
-        CalibrationError: A rank met an error, or the ranks hold different modules or shapes.
+        RankError: A rank met an error, or the ranks hold different modules or shapes.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return dict(values)
     shapes = {k: None if v is None else tuple(v.shape) for k, v in values.items()}
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (error, shapes))
-    failed = [(rank, text) for rank, (text, _) in enumerate(gathered) if text is not None]
-    if failed:
-        rank, text = failed[0]
-        raise CalibrationError(f"rank {rank}: {text}", hint="every rank has stopped")
+    gathered = agree(error, shapes)
+    if len(gathered) == 1:
+        return dict(values)
     common: dict[str, tuple[int, ...]] = {}
-    for rank, (_, theirs) in enumerate(gathered):
+    for rank, theirs in enumerate(gathered):
         if list(theirs) != list(shapes):
-            raise CalibrationError(
+            raise RankError(
                 f"rank {rank} holds other modules than rank {dist.get_rank()}",
                 hint="data-parallel calibration needs the same model on every rank; for sharded "
                 "models install the plugin of the framework that shards them",
             )
         for name, shape in theirs.items():
             if shape is not None and common.setdefault(name, shape) != shape:
-                raise CalibrationError(
+                raise RankError(
                     f"the ranks saw inputs with scales of shapes {common[name]} and {shape}",
                     where=name,
                     hint="use granularity: tensor, or rows of one length on every rank",

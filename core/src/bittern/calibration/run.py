@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from bittern.calibration.context import CalibrationContext, Forward
-from bittern.errors import CalibrationError, DataError, TraceError
+from bittern.calibration.reduce import RankError, agree
+from bittern.errors import CalibrationError, DataError, PluginError
 from bittern.nn import named_quantizers
 from bittern.nn.observer import SharedInputs
 from bittern.records import CalibrationSummary, ModelAdapter, Plan
@@ -25,6 +27,8 @@ from bittern.tracing import Trace
 __all__ = ["run_calibration"]
 
 log = logging.getLogger("bittern.calibration")
+
+EMPTY = "the calibration data holds no batch"
 
 
 def run_calibration(
@@ -53,7 +57,8 @@ def run_calibration(
         progress: Shows where it is.
 
     Raises:
-        CalibrationError: Data is needed and missing, or NaN or Inf was met.
+        CalibrationError: Data is needed and missing, or NaN or Inf was met; or, in several
+            processes, one of them failed.
         DataError: The data holds no usable batch.
     """
     start = time.perf_counter()
@@ -69,7 +74,12 @@ def run_calibration(
     def forward() -> int:
         nonlocal batches
         assert data is not None
-        batches = wrap(lambda: _pass(model, data, adapter, shared, progress))
+        problem: Exception | None = None
+        try:
+            batches = wrap(lambda: _pass(model, data, adapter, shared, progress))
+        except Exception as error:
+            problem = error
+        agree(problem)  # before anybody waits for statistics of a rank that has none
         return batches
 
     steps = [(registry.algorithms.get(name), options) for name, options in plan.algorithm]
@@ -87,7 +97,7 @@ def run_calibration(
     functions = [bound(s.run, plugin=registry.algorithms.plugin(s.name)) for s, _ in steps]
     for function, (step, options) in zip(functions, steps, strict=True):
         _check_options(function, step.name, options)  # all of them before the first data pass
-    with evaluating(model):
+    with evaluating(model), _together() if needed else nullcontext():
         for function, (_, options) in zip(functions, steps, strict=True):
             function(model, plan, forward if needed else None, context, **options)
     uncalibrated = tuple(name for name, q in named_quantizers(model) if not q.calibrated)
@@ -96,6 +106,21 @@ def run_calibration(
     return CalibrationSummary(
         batches=batches, seconds=time.perf_counter() - start, uncalibrated=uncalibrated
     )
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Let all ranks end well, or none: they may wait for each other within."""
+    try:
+        yield
+    except Exception as error:
+        known: BaseException | None = error
+        while known is not None and not isinstance(known, RankError):
+            known = known.__cause__
+        if known is None:
+            agree(error)
+        raise
+    agree()
 
 
 def _trace(
@@ -108,7 +133,11 @@ def _trace(
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = {}
     if data is not None and not callable(data) and iter(data) is not data:
-        batch = prepare(next(iter(data)), model, adapter, index=0)
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for every pass
+            first = next(iter(data), None)
+        if first is None:
+            raise DataError(EMPTY)
+        batch = prepare(first, model, adapter, index=0)
         args, kwargs = batch.args, batch.kwargs
     elif adapter.example_inputs is not None:
         kwargs = {**adapter.call_kwargs, **adapter.example_inputs()}
@@ -116,8 +145,10 @@ def _trace(
         return None
     try:
         return trace(args, kwargs)
-    except TraceError as error:
-        log.warning("the model was not traced: %s", error.what)
+    except PluginError:
+        raise
+    except Exception as error:  # max calibration does well without; who needs a trace says so
+        log.warning("the model was not traced: %s: %s", type(error).__name__, error)
         return None
 
 
@@ -158,7 +189,7 @@ def _pass(
         count += 1
     if count == 0:
         raise DataError(
-            "the calibration data holds no batch",
+            EMPTY,
             hint="an iterator can be used up only once; give a list or a DataLoader",
         )
     return count
