@@ -1,0 +1,68 @@
+"""Inputs that are one tensor get one range, also where not every module saw every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bittern.nn import named_quantizers
+from bittern.toolkit import Toolkit
+
+
+class Branches(nn.Module):
+    """Reads one tensor with two linears; the second sits out small batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.a(x) + self.c(x.tanh())
+        return out + self.b(x) if len(x) > 1 else out
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    large, small = torch.randn(3, 4, generator=generator), torch.randn(1, 4, generator=generator)
+    return [large, 50 * small]
+
+
+def ranges(model: nn.Module) -> dict[str, float]:
+    found = {n: q.amax for n, q in named_quantizers(model) if n.endswith(".input")}
+    return {name.partition(".")[0]: float(v) for name, v in found.items() if v is not None}
+
+
+def test_the_range_is_the_largest_of_all(toolkit: Toolkit) -> None:
+    model, data = Branches().eval(), batches()
+    toolkit.quantize(model, "int8", data)
+    found = ranges(model)
+    assert found["a"] == found["b"] == float(data[1].abs().max())
+    assert found["c"] <= 1
+
+
+def test_other_formats_keep_their_own(toolkit: Toolkit) -> None:
+    model, data = Branches().eval(), batches()
+    recipe = {"extends": "int8", "rules": [{"match": "b", "input": "fp8"}]}
+    toolkit.quantize(model, recipe, data)
+    found = ranges(model)
+    assert found["a"] == float(data[1].abs().max())
+    assert found["b"] == float(data[0].abs().max())
+
+
+@pytest.mark.parametrize(
+    "as_data",
+    [lambda data: lambda model: [model(x) for x in data], iter],
+    ids=["function", "iterator"],
+)
+def test_without_a_trace_everybody_keeps_what_it_saw(
+    as_data: Callable[[list[Tensor]], Any], toolkit: Toolkit
+) -> None:
+    model, data = Branches().eval(), batches()
+    toolkit.quantize(model, "int8", as_data(data))
+    found = ranges(model)
+    assert found["a"] == float(data[1].abs().max())
+    assert found["b"] == float(data[0].abs().max())
