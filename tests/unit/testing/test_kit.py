@@ -620,3 +620,63 @@ def test_a_rule_for_all_overloads_has_a_name_of_its_own(run_kit: Any) -> None:
 
     assert outcomes.failed() == set()
     assert set(outcomes.by_test.values()) == {"passed"}
+
+
+ARCHIVE = """
+def pack(path):
+    from zipfile import ZipFile
+
+    with ZipFile(path / "weights.zip", "w") as archive:
+        archive.write(path / "model.safetensors", "weights")
+    (path / "model.safetensors").unlink()
+
+
+def verify(path, record):
+    from tempfile import TemporaryDirectory
+    from pathlib import Path
+
+    with TemporaryDirectory() as folder:
+        data = (path / "weights.zip").read_bytes()
+        start = data.index(b"weights") + len("weights")
+        (Path(folder) / "model.safetensors").write_bytes(data[start : data.index(b"PK", start)])
+        return verify_plain(Path(folder), record)
+"""
+TENSOR_BYTE = """
+    format = "plover-files"
+
+    def tensor_byte(self, path):
+        file = path / "weights.zip"
+        return file, file.read_bytes().rindex(b"PK\\x01\\x02") - 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "checked", "outcome"),
+    [(True, True, "passed"), (True, False, "failed"), (False, True, "skipped")],
+)
+def test_an_archive_says_where_its_tensors_are(
+    told: bool, checked: bool, outcome: str, run_kit: Any
+) -> None:
+    """Regression: the last byte was flipped, which in an archive is no tensor data."""
+    old = """    written = write_plain(model, path, context)
+    return replace(written, report=replace(written.report, format="plover-files"))
+
+
+def verify(path, record):
+    return verify_plain(path, record)
+"""
+    new = old.partition("\n\n")[0].replace("    return", "    pack(path)\n    return") + ARCHIVE
+    if not checked:
+        new = new.replace("return verify_plain(Path(folder), record)", "return blind(path)")
+        new += """
+
+def blind(path):
+    from bittern.records import Verification
+    return Verification(ok=True, path=str(path), client="plover", checks=("nothing",))
+"""
+    changes = {"rest": (old, new)}
+    if told:
+        changes["conformance"] = ('    format = "plover-files"\n', TENSOR_BYTE)
+    outcomes = run_kit("-k", "TestExporter and flipped", changes=changes)
+
+    assert list(outcomes.by_test.values()) == [outcome], outcomes.messages
