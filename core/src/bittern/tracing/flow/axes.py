@@ -184,6 +184,8 @@ def split_product(axis: Axis, sizes: Sequence[int]) -> list[Axis] | None:
     Returns:
         The factors, or ``None`` where the axis has no such structure.
     """
+    if prod(sizes) != axis.size or not axis.size:
+        return None
     rest = list(axis.factors())
     found: list[Axis] = []
     for size in reversed(sizes):
@@ -209,8 +211,6 @@ def split_product(axis: Axis, sizes: Sequence[int]) -> list[Axis] | None:
             else:
                 return None
         found.append(product(reversed(taken)))
-    if any(factor.size != 1 for factor in rest):
-        return None
     return found[::-1]
 
 
@@ -245,8 +245,10 @@ def split_sum(axis: Axis, sizes: Sequence[int]) -> list[Axis] | None:
     """
     axis = axis.find()
     sizes = [size for size in sizes if size]
-    if len(sizes) == 1:
-        return [axis]
+    if sum(sizes) != axis.size:
+        return None
+    if len(sizes) <= 1:
+        return [axis] if sizes else []
     if axis.kind is Kind.LEAF:
         parts = [Axis(size) for size in sizes]
         axis._structure(Kind.SUM, parts)
@@ -293,7 +295,7 @@ def unify(one: Axis, two: Axis) -> bool:
         return True
     if a.size != b.size:
         return _misfit(a, b)
-    if a.size == 1:
+    if a.size <= 1:
         return True
     if a.kind is not Kind.LEAF and b.kind is Kind.LEAF:
         a, b = b, a

@@ -47,7 +47,7 @@ def positions(axis: Axis) -> Positions:
                 + rows[:, None, :, None] * inner
                 + after[None, None, None, :]
             )
-            found[leaf] = grid.reshape(leaf.size, -1)
+            found[leaf] = grid.reshape(leaf.size, grid[0].size if leaf.size else 0)
     for leaf in tangled:
         leaf.fix("it meets itself in one dimension")
         del found[leaf]

@@ -8,6 +8,9 @@ is ever guessed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+
+import torch
 
 from bittern.registry import OpTable
 from bittern.tracing.flow.axes import Axis, product, split_product, split_sum, unify
@@ -101,6 +104,8 @@ class Flow:
 
     def reshape(self, axes: Axes, shape: Sequence[int], where: str) -> Axes:
         """Return the axes of a view of ``shape``."""
+        if 0 in shape:
+            return tuple(Axis(n) for n in shape)
         ins = [a for a in axes if a.size != 1]
         out: dict[int, Axis] = {}
         outs = [(i, n) for i, n in enumerate(shape) if n != 1]
@@ -224,6 +229,11 @@ class Flow:
                 )
                 return
             self._axes[value] = axes
+        for place, name, k in _written(node.op):
+            target, value = node.arg(place, name), node.outputs[k]
+            # Views of what was written into see the same coordinates.
+            if isinstance(target, Value) and value is not None and target.shape == value.shape:
+                self.together([self.of(target), self.of(value)])
 
     def _barrier(self, node: OpNode, reason: str) -> None:
         known = self.barriers.setdefault(node.module, reason)
@@ -237,6 +247,32 @@ class Flow:
                 self._axes[made] = tuple(Axis(n) for n in made.shape)
                 for axis in self._axes[made]:
                     axis.fix(reason, barrier=True)
+
+
+@cache
+def _written(op: str) -> tuple[tuple[int, str, int], ...]:
+    """Return which arguments an operator writes its outputs into: position, name, output."""
+    try:
+        namespace, packet, overload = op.split(".")
+        found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+        schema = found._schema
+    except (AttributeError, RuntimeError, ValueError):
+        return ()
+    if torch.Tag.inplace_view in found.tags:  # `t_` gives another shape, it writes no elements
+        return ()
+    homes = {
+        alias: k
+        for k, made in enumerate(schema.returns)
+        if made.alias_info is not None
+        for alias in made.alias_info.before_set
+    }
+    return tuple(
+        (place, argument.name, homes[alias])
+        for place, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+        for alias in argument.alias_info.before_set
+        if alias in homes
+    )
 
 
 def _what(value: Value) -> str:

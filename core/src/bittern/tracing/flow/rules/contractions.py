@@ -8,15 +8,17 @@ from bittern.tracing.flow.propagate import Axes, Flow
 
 __all__ = [
     "addmm",
+    "addr",
     "attention",
     "bilinear",
     "cdist",
+    "cross",
     "einsum",
+    "fft",
     "grouped_mm",
     "kron",
     "linear",
     "matmul",
-    "mixed",
     "outer",
     "solve",
 ]
@@ -26,16 +28,13 @@ def linear(node: OpNode, flow: Flow) -> Axes:
     """``linear(x, weight, bias)``: ``weight`` is ``(out, in)``."""
     axes, weight = flow.of(node.tensor(0)), flow.of(node.tensor(1))
     flow.same(axes[-1], weight[-1])
+    made = (*axes[:-1], *weight[:-1])
     bias = node.arg(2, "bias")
-    if len(weight) == 1:
-        return axes[:-1]
-    if isinstance(bias, Value) and bias.shape:
-        flow.same(weight[0], flow.of(bias)[-1])
-    return (*axes[:-1], weight[0])
+    return flow.broadcast([made, flow.of(bias)], node.out.shape) if bias is not None else made
 
 
 def matmul(node: OpNode, flow: Flow) -> Axes:
-    """``matmul``, ``mm``, ``bmm``, ``mv`` and ``dot``."""
+    """``matmul``, ``mm``, ``bmm``, ``mv``, ``dot`` and ``vdot``."""
     return _matmul(flow.of(node.tensor(0)), flow.of(node.tensor(1)), node, flow)
 
 
@@ -49,14 +48,30 @@ def _matmul(a: Axes, b: Axes, node: OpNode, flow: Flow) -> Axes:
 
 
 def addmm(node: OpNode, flow: Flow) -> Axes:
-    """``addmm(bias, a, b)`` and ``baddbmm``."""
-    made = _matmul(flow.of(node.tensor(1)), flow.of(node.tensor(2)), node, flow)
+    """``addmm(bias, a, b)``, ``addmv``, ``baddbmm``, and ``addbmm``, which sums over the batch."""
+    a, b = flow.of(node.tensor(1)), flow.of(node.tensor(2))
+    if len(a) > len(node.out.shape) > 1:
+        flow.same(a[0], b[0])
+        a, b = a[1:], b[1:]
+    return flow.broadcast([_matmul(a, b, node, flow), flow.of(node.tensor(0))], node.out.shape)
+
+
+def addr(node: OpNode, flow: Flow) -> Axes:
+    """``addr(bias, a, b)``: the outer product of two vectors."""
+    made = (*flow.of(node.tensor(1)), *flow.of(node.tensor(2)))
     return flow.broadcast([made, flow.of(node.tensor(0))], node.out.shape)
 
 
 def outer(node: OpNode, flow: Flow) -> Axes:
     """``outer(a, b)``."""
     return (*flow.of(node.tensor(0)), *flow.of(node.tensor(1)))
+
+
+def cross(node: OpNode, flow: Flow) -> Axes:
+    """``cross(a, b, dim)``: of vectors in space along ``dim``."""
+    made = flow.broadcast([flow.of(node.tensor(k)) for k in (0, 1)], node.out.shape)
+    made[node.arg(2, "dim", -1)].fix(f"its positions are directions ({flow.where(node)})")
+    return made
 
 
 def cdist(node: OpNode, flow: Flow) -> Axes:
@@ -82,16 +97,17 @@ def bilinear(node: OpNode, flow: Flow) -> Axes:
 def einsum(node: OpNode, flow: Flow) -> Axes:
     """``einsum(equation, tensors)``: one letter, one axis."""
     equation, tensors = node.args[0].replace(" ", ""), node.args[1]
+    equation = equation.replace("...", ".")
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
     if not arrow:
         letters = sorted({c for c in left if c.isalpha() and left.count(c) == 1})
-        right = ("..." if "..." in left else "") + "".join(letters)
+        right = "." * ("." in left) + "".join(letters)
     known: dict[str, Axis] = {}
     dots: list[Axes] = []
     for term, value in zip(terms, tensors, strict=True):
         axes = flow.of(value)
-        before, _, after = term.partition("...")
+        before, _, after = term.partition(".")
         names = before + after
         extra = len(axes) - len(names)
         dots.append(axes[len(before) : len(before) + extra])
@@ -100,13 +116,11 @@ def einsum(node: OpNode, flow: Flow) -> Axes:
             known[letter] = flow.same(known[letter], axis) if letter in known else axis
             if names.count(letter) > 1:
                 axis.fix(f"a diagonal is taken of it ({flow.where(node)})")
-    at = right.find("...")
-    head = right.replace("...", "")[: max(at, 0)] if at >= 0 else right
-    tail = right.replace("...", "")[at:] if at >= 0 else ""
-    rank = max((len(d) for d in dots), default=0)
-    shape = node.out.shape[len(head) : len(head) + rank] if at >= 0 else ()
-    middle = flow.broadcast(dots, shape) if at >= 0 else ()
-    return (*(known[c] for c in head), *middle, *(known[c] for c in tail))
+    rank = max(map(len, dots))
+    sizes = [max(d[k].size for d in dots if k + len(d) >= 0) for k in range(-rank, 0)]
+    middle = flow.broadcast(dots, sizes)  # also where the result has no dots: they are summed
+    head, dot, tail = right.partition(".")
+    return (*(known[c] for c in head), *(middle if dot else ()), *(known[c] for c in tail))
 
 
 def attention(node: OpNode, flow: Flow) -> Axes:
@@ -118,6 +132,10 @@ def attention(node: OpNode, flow: Flow) -> Axes:
     q, k, v = (flow.of(node.tensor(i)) for i in range(3))
     flow.same(q[-1], k[-1])
     flow.same(k[-2], v[-2])
+    k[-2].normalize(node.module or "the model")
+    if node.arg(5, "is_causal", False):
+        for axis in (q[-2], k[-2]):
+            axis.fix(f"its positions are compared ({flow.where(node)})")
     if node.arg(6, "scale") is None:
         q[-1].normalize(node.module or "the model")  # the default scale counts its coordinates
     heads = q[:-2]
@@ -145,21 +163,45 @@ def grouped_mm(node: OpNode, flow: Flow) -> Axes:
     if len(a) == len(b) == 3:
         return _matmul(a, b, node, flow)
     if len(a) == 2 and len(b) == 3:
-        b[0].fix(f"it is chosen by an index ({flow.where(node)})")
         flow.same(a[1], b[1])
         bias = node.arg(3, "bias")
+        bound = [a[0], b[0]]
         if isinstance(bias, Value):
-            flow.same(flow.of(bias)[-1], b[2])
-        return (a[0], b[2])
-    for axis in (*a, *b):
-        axis.fix(f"its groups are chosen by an index ({flow.where(node)})")
-    return tuple(Axis(n, fixed="data") for n in node.out.shape)
+            *experts, columns = flow.of(bias)
+            flow.same(columns, b[2])
+            bound += experts
+        made: Axes = (a[0], b[2])
+    elif len(a) == 3:  # (E, M, K) and (K, N): columns are in groups
+        flow.same(a[2], b[0])
+        bound, made = [a[0], b[1]], (a[1], b[1])
+    else:  # (M, K) and (K, N): what is summed over is in groups
+        flow.same(a[1], b[0])
+        bound = [a[1], b[0]]
+        made = (Axis(node.out.shape[0], fixed="data"), a[0], b[1])
+    for axis in (*bound, *(axis for value in _given(node, 2) for axis in flow.of(value))):
+        axis.fix(f"an index says where groups of it end ({flow.where(node)})")
+    return made
+
+
+def _given(node: OpNode, *places: int) -> list[Value]:
+    return [v for k in places if k < len(node.args) and isinstance(v := node.args[k], Value)]
 
 
 def kron(node: OpNode, flow: Flow) -> Axes:
     """``kron(a, b)``: every coordinate of one with every one of the other."""
     a, b = flow.of(node.tensor(0)), flow.of(node.tensor(1))
+    rank = len(node.out.shape)
+    a, b = ((*(Axis(1) for _ in range(rank - len(axes))), *axes) for axes in (a, b))
     return tuple(product((x, y)) for x, y in zip(a, b, strict=True))
+
+
+def fft(node: OpNode, flow: Flow) -> Axes:
+    """``_fft_r2c(x, dims)`` and its kin: the transformed dimensions are mixed, others stay."""
+    axes = list(flow.of(node.tensor(0)))
+    for d in node.args[1]:
+        axes[d].fix(f"its coordinates are mixed ({flow.where(node)})")
+        axes[d] = Axis(node.out.shape[d], fixed="data")
+    return tuple(axes)
 
 
 def solve(node: OpNode, flow: Flow) -> list[Axes | None]:
@@ -169,14 +211,3 @@ def solve(node: OpNode, flow: Flow) -> list[Axes | None]:
         axis.fix(f"a system of equations mixes its coordinates ({flow.where(node)})")
     lead = flow.broadcast([a[:-2], b[:-2]], node.out.shape[:-2])
     return [(*lead, b[-2], b[-1]), *(None for _ in node.outputs[1:])]
-
-
-def mixed(node: OpNode, flow: Flow) -> list[Axes | None]:
-    """Inverses, decompositions, transforms: every coordinate takes part in every result."""
-    for value in node.inputs():
-        for axis in flow.of(value):
-            axis.fix(f"its coordinates are mixed ({flow.where(node)})")
-    return [
-        None if value is None else tuple(Axis(n, fixed="data") for n in value.shape)
-        for value in node.outputs
-    ]

@@ -7,13 +7,18 @@ from bittern.tracing.flow.graph import OpNode, Value
 from bittern.tracing.flow.propagate import Axes, Flow
 
 __all__ = [
+    "channel_shuffle",
+    "col2im",
     "conv",
     "conv_transpose",
     "convolution",
+    "fractional",
+    "grid_sampler",
     "im2col",
     "pixel_shuffle",
     "pixel_unshuffle",
     "spatial",
+    "unpool",
 ]
 
 SPACE = "data"
@@ -84,6 +89,38 @@ def spatial(node: OpNode, flow: Flow, dims: int = 2) -> list[Axes | None]:
     return made
 
 
+def unpool(node: OpNode, flow: Flow, dims: int = 2) -> list[Axes | None]:
+    """``max_unpool2d(x, indices, size)``: every value goes to where its index says."""
+    flow.together([flow.of(node.tensor(0)), flow.of(node.tensor(1))])
+    return spatial(node, flow, dims)
+
+
+def fractional(node: OpNode, flow: Flow, dims: int = 2) -> list[Axes | None]:
+    """``fractional_max_pool2d(x, window, size, samples)``: samples are ``(N, C, dims)``."""
+    x, (batch, channels, places) = flow.of(node.tensor(0)), flow.of(node.tensor(3))
+    places.fix(f"its positions are directions ({flow.where(node)})")
+    flow.same(x[-dims - 1], channels)
+    if len(x) == dims + 2:
+        flow.same(x[0], batch)
+    return spatial(node, flow, dims)
+
+
+def grid_sampler(node: OpNode, flow: Flow) -> Axes:
+    """``grid_sampler_2d(x, grid)``: ``(N, C, *in)`` is looked up at ``(N, *out, places)``."""
+    (batch, channels, *space), (batch2, *out, places) = (flow.of(node.tensor(k)) for k in (0, 1))
+    _slide(tuple(space), (), node, flow)
+    places.fix("its positions are directions in space")
+    return (flow.same(batch, batch2), channels, *out)
+
+
+def channel_shuffle(node: OpNode, flow: Flow) -> Axes:
+    """``channel_shuffle(x, groups)``: channels are ``groups x within``, and change over."""
+    axes = flow.of(node.tensor(0))
+    dim, groups = len(axes) - 3, node.arg(1, "groups")
+    outer, inner = flow.factor(axes[dim], (groups, axes[dim].size // groups), flow.where(node))
+    return (*axes[:dim], product((inner, outer)), *axes[dim + 1 :])
+
+
 def pixel_shuffle(node: OpNode, flow: Flow) -> Axes:
     """``pixel_shuffle(x, r)``: channels are ``C x r x r``, the last two go into space."""
     *batch, channels, height, width = flow.of(node.tensor(0))
@@ -101,6 +138,16 @@ def pixel_unshuffle(node: OpNode, flow: Flow) -> Axes:
     places = [Axis(r, fixed="it was a place in the picture") for _ in range(2)]
     space = _slide((height, width), node.out.shape[-2:], node, flow)
     return (*batch, product((channels, *places)), *space)
+
+
+def col2im(node: OpNode, flow: Flow) -> Axes:
+    """``fold(x, size, window)``: ``(N, C x window, places)`` to ``(N, C, H, W)``."""
+    *batch, columns, places = flow.of(node.tensor(0))
+    channels = node.out.shape[-3]
+    sizes = (channels, columns.size // channels)
+    kept, window = flow.factor(columns, sizes, flow.where(node))
+    window.fix("it is a window")
+    return (*batch, kept, *_slide((places,), node.out.shape[-2:], node, flow))
 
 
 def im2col(node: OpNode, flow: Flow) -> Axes:

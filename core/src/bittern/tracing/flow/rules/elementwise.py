@@ -13,6 +13,7 @@ __all__ = [
     "glu",
     "identity",
     "masked_scatter",
+    "per_channel",
     "prelu",
     "real_view",
 ]
@@ -41,9 +42,17 @@ def copy(node: OpNode, flow: Flow) -> Axes:
 def prelu(node: OpNode, flow: Flow) -> Axes:
     """``prelu(x, weight)``: one slope per channel, or one for all."""
     axes, slope = flow.of(node.tensor(0)), flow.of(node.tensor(1))
-    if slope[0].size > 1:
+    if slope and slope[0].size > 1:
         flow.same(axes[1], slope[0])
     return axes
+
+
+def per_channel(node: OpNode, flow: Flow) -> list[Axes | None]:
+    """``fake_quantize_per_channel_affine(x, scale, zero_point, axis)`` and its kin."""
+    axes = flow.of(node.tensor(0))
+    for k in (1, 2):
+        flow.same(axes[node.args[3]], flow.of(node.tensor(k))[0])
+    return [axes for _ in node.outputs]
 
 
 def glu(node: OpNode, flow: Flow) -> Axes:
@@ -75,11 +84,11 @@ def masked_scatter(node: OpNode, flow: Flow) -> Axes:
     """
     axes, source = flow.of(node.tensor(0)), flow.of(node.tensor(2))
     rows = _constant_along_last(node.tensor(1)) and source and axes[-1].size == source[-1].size
-    for axis in (*axes[:-1], *source[:-1]) if rows else (*axes, *source):
+    mask = flow.of(node.tensor(1))
+    for axis in (*axes[:-1], *mask[:-1], *source[:-1]) if rows else (*axes, *mask, *source):
         axis.fix(f"elements are placed by a mask ({flow.where(node)})")
-    if rows:
-        flow.same(axes[-1], source[-1])
-    return axes
+    made = flow.broadcast([axes, mask], node.out.shape)
+    return (*made[:-1], flow.same(made[-1], source[-1])) if rows else made
 
 
 def _constant_along_last(value: Value) -> bool:

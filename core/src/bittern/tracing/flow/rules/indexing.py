@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bittern.tracing.flow.axes import Axis
 from bittern.tracing.flow.graph import OpNode, Value
 from bittern.tracing.flow.propagate import Axes, Flow
@@ -9,18 +11,23 @@ from bittern.tracing.flow.propagate import Axes, Flow
 __all__ = [
     "embedding",
     "embedding_bag",
+    "embedding_renorm",
     "gather",
     "index",
     "index_along",
     "index_put",
     "index_select",
-    "positions",
     "scatter",
 ]
 
 
 def _chosen(axis: Axis, node: OpNode, flow: Flow) -> None:
     axis.fix(f"it is looked up by an index ({flow.where(node)})")
+
+
+def _placed(axes: Iterable[Axis], node: OpNode, flow: Flow) -> None:
+    for axis in axes:
+        axis.fix(f"it is placed by an index ({flow.where(node)})")
 
 
 def embedding(node: OpNode, flow: Flow) -> Axes:
@@ -30,10 +37,21 @@ def embedding(node: OpNode, flow: Flow) -> Axes:
     return (*flow.of(node.tensor(1)), features)
 
 
+def embedding_renorm(node: OpNode, flow: Flow) -> Axes:
+    """``embedding_renorm_(weight, ids, norm, p)``: limits the norm of the entries that are read."""
+    entries, features = flow.of(node.tensor(0))
+    _chosen(entries, node, flow)
+    _placed(flow.of(node.tensor(1)), node, flow)
+    features.normalize(node.module or "the model")
+    return (entries, features)
+
+
 def embedding_bag(node: OpNode, flow: Flow) -> list[Axes | None]:
     """``embedding_bag(weight, ids, offsets, ...)``: the sum or mean of some entries."""
     entries, features = flow.of(node.tensor(0))
     _chosen(entries, node, flow)
+    for value in list(node.inputs())[1:]:  # ids, offsets, weights per sample
+        _placed(flow.of(value), node, flow)
     bags = Axis(node.out.shape[0], fixed="data")
     return [(bags, features), *(None for _ in node.outputs[1:])]
 
@@ -41,7 +59,9 @@ def embedding_bag(node: OpNode, flow: Flow) -> list[Axes | None]:
 def index_select(node: OpNode, flow: Flow) -> Axes:
     """``index_select(x, dim, ids)``."""
     axes = list(flow.of(node.tensor(0)))
-    dim = node.arg(1, "dim") % max(len(axes), 1)
+    if not axes:
+        return tuple(Axis(n) for n in node.out.shape)
+    dim = node.arg(1, "dim") % len(axes)
     _chosen(axes[dim], node, flow)
     ids = flow.of(node.tensor(2))
     axes[dim] = ids[0] if ids else Axis(1)
@@ -103,22 +123,25 @@ def index_put(node: OpNode, flow: Flow) -> Axes:
     """``x[ids] = values``."""
     axes = flow.of(node.tensor(0))
     kept, _, first = _advanced(axes, node.args[1], node, flow)
-    values = flow.of(node.tensor(2))
-    tail = kept if first is None else kept[first:]
-    for axis, value in zip(reversed(tail), reversed(values), strict=False):
-        if value.size not in (1, axis.size):
-            axis.fix(f"values are placed in it by index ({flow.where(node)})")
-        else:
+    for item in node.args[1]:
+        if item is not None:
+            _placed(flow.of(item), node, flow)
+    at = first or 0
+    ranks = [1 if v.boolean else len(v.shape) for v in node.args[1] if v is not None]
+    places: list[Axis | None] = [*kept[:at], *[None] * max(ranks), *kept[at:]]
+    for axis, value in zip(reversed(places), reversed(flow.of(node.tensor(2))), strict=False):
+        if axis is None:
+            _placed((value,), node, flow)
+        elif value.size != 1:
             flow.same(axis, value)
-    for value in values[: max(len(values) - len(tail), 0)]:
-        value.fix(f"it is placed by an index ({flow.where(node)})")
     return axes
 
 
 def gather(node: OpNode, flow: Flow) -> Axes:
     """``gather(x, dim, ids)``: along ``dim`` by index, the other dimensions by position."""
     axes, ids = flow.of(node.tensor(0)), flow.of(node.tensor(2))
-    if not axes:
+    if not axes or len(axes) != len(ids):  # single elements, or none
+        _placed(axes, node, flow)
         return ids
     dim = node.arg(1, "dim") % len(axes)
     _chosen(axes[dim], node, flow)
@@ -129,15 +152,17 @@ def gather(node: OpNode, flow: Flow) -> Axes:
 def scatter(node: OpNode, flow: Flow) -> Axes:
     """``scatter(x, dim, ids, src)`` and its kin."""
     axes, ids = flow.of(node.tensor(0)), flow.of(node.tensor(2))
-    if not axes:
+    if not axes or len(axes) != len(ids):  # single elements, or none
+        _placed(axes, node, flow)
         return axes
     dim = node.arg(1, "dim") % len(axes)
     _chosen(axes[dim], node, flow)
+    _placed((ids[dim],), node, flow)
     _beside(axes, ids, dim, node, flow)
     source = node.arg(3, "src")
     if isinstance(source, Value) and source.shape:
         given = flow.of(source)
-        given[dim].fix(f"it is placed by an index ({flow.where(node)})")
+        _placed((given[dim],), node, flow)
         _beside(axes, given, dim, node, flow)
     return axes
 
@@ -154,24 +179,16 @@ def _beside(axes: Axes, other: Axes, dim: int, node: OpNode, flow: Flow) -> None
 
 
 def index_along(node: OpNode, flow: Flow) -> Axes:
-    """``index_add``, ``index_copy``, ``index_fill(x, dim, ids, src)``."""
+    """``index_add``, ``index_copy``, ``index_reduce``, ``index_fill(x, dim, ids, src)``."""
     axes = flow.of(node.tensor(0))
-    dim = node.arg(1, "dim") % max(len(axes), 1)
+    if not axes:
+        return axes
+    dim = node.arg(1, "dim") % len(axes)
     _chosen(axes[dim], node, flow)
+    _placed(flow.of(node.tensor(2)), node, flow)
     source = node.arg(3, "source")
     if isinstance(source, Value) and source.shape:
         given = flow.of(source)
-        given[dim].fix(f"it is placed by an index ({flow.where(node)})")
+        _placed((given[dim],), node, flow)
         _beside(axes, given, dim, node, flow)
     return axes
-
-
-def positions(node: OpNode, flow: Flow) -> list[Axes | None]:
-    """``nonzero``, ``bincount``, ``one_hot``, ``searchsorted``: positions become numbers."""
-    for value in node.inputs():
-        for axis in flow.of(value):
-            axis.fix(f"its positions become numbers ({flow.where(node)})")
-    return [
-        None if value is None else tuple(Axis(n, fixed="data") for n in value.shape)
-        for value in node.outputs
-    ]

@@ -6,7 +6,7 @@ from bittern.tracing.flow.axes import Axis
 from bittern.tracing.flow.graph import OpNode, Value
 from bittern.tracing.flow.propagate import Axes, Flow
 
-__all__ = ["batch_norm", "group_norm", "layer_norm", "softmax", "weight_norm"]
+__all__ = ["batch_norm", "group_norm", "layer_norm", "native_group_norm", "softmax", "weight_norm"]
 
 
 def _who(node: OpNode) -> str:
@@ -17,16 +17,28 @@ def _channel(node: OpNode, flow: Flow, axis: Axis, positions: range) -> None:
     for k in positions:
         if k < len(node.args) and isinstance(node.args[k], Value):
             flow.same(axis, flow.of(node.args[k])[0])
-    for value in node.kwargs.values():
-        if isinstance(value, Value):
-            flow.same(axis, flow.of(value)[0])
 
 
-def batch_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
-    """``batch_norm(x, weight, bias, mean, var)``, ``instance_norm``: nothing crosses channels."""
+def batch_norm(
+    node: OpNode, flow: Flow, computes: int | None = 5, first: int = 0
+) -> list[Axes | None]:
+    """``batch_norm(x, weight, bias, mean, var)``, ``instance_norm``: nothing crosses channels.
+
+    Args:
+        node: The node.
+        flow: The pass.
+        computes: Which argument says whether statistics are computed, ``None`` if they never are.
+        first: The first dimension over which they are, channels aside.
+    """
     axes = flow.of(node.tensor(0))
+    if len(axes) == 1:  # torch takes an empty vector
+        return [axes, *(None for _ in node.outputs[1:])]
     _channel(node, flow, axes[1], range(1, 5))
-    return [axes, *((axes[1],) if v and len(v.shape) == 1 else None for v in node.outputs[1:])]
+    if computes is not None and node.arg(computes, "", False):
+        for axis in (*axes[first:1], *axes[2:]):
+            axis.normalize(_who(node))
+    fits = [v is not None and v.shape == (axes[1].size,) for v in node.outputs[1:]]
+    return [axes, *((axes[1],) if fit else None for fit in fits)]
 
 
 def layer_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
@@ -39,20 +51,31 @@ def layer_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
     for value in every:
         if isinstance(value, Value):
             flow.together([axes[-count:], flow.of(value)])
-    return [axes, *(None for _ in node.outputs[1:])]
+    statistics = (*axes[:-count], *(Axis(1) for _ in range(count)))
+    return [axes, *(statistics for _ in node.outputs[1:])]
 
 
 def group_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
     """``group_norm(x, groups, weight, bias)``: channels are ``groups x within``."""
+    return _group_norm(node, flow, node.args[1], range(2, 4))
+
+
+def native_group_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
+    """``native_group_norm(x, weight, bias, N, C, space, groups, eps)``."""
+    return _group_norm(node, flow, node.args[6], range(1, 3))
+
+
+def _group_norm(node: OpNode, flow: Flow, groups: int, own: range) -> list[Axes | None]:
     axes = flow.of(node.tensor(0))
-    channels, groups = axes[1], node.args[1]
-    within = channels
+    channels = axes[1]
+    group, within = Axis(1), channels
     if groups > 1:
         sizes = (groups, channels.size // groups)
-        _, within = flow.factor(channels, sizes, flow.where(node))
-    within.normalize(_who(node))
-    _channel(node, flow, channels, range(2, 4))
-    return [axes, *(None for _ in node.outputs[1:])]
+        group, within = flow.factor(channels, sizes, flow.where(node))
+    for axis in (within, *axes[2:]):
+        axis.normalize(_who(node))
+    _channel(node, flow, channels, own)
+    return [axes, *((axes[0], group) for _ in node.outputs[1:])]
 
 
 def softmax(node: OpNode, flow: Flow) -> Axes:
@@ -72,4 +95,4 @@ def weight_norm(node: OpNode, flow: Flow) -> list[Axes | None]:
     for d, axis in enumerate(v):
         if d != dim:
             axis.normalize(_who(node))
-    return [v, *(None for _ in node.outputs[1:])]
+    return [v, *(g for _ in node.outputs[1:])]

@@ -41,13 +41,15 @@ def recurrent(node: OpNode, flow: Flow, gates: int = 1) -> list[Axes | None]:
         flow: The pass.
         gates: Rows per hidden unit: 4 for an LSTM, 3 for a GRU, 1 for a plain RNN.
     """
-    args = node.args[2:] if node.op.endswith(".data") else node.args[1:]
+    packed = node.op.endswith(".data")
+    args = node.args[2:] if packed else node.args[1:]
     hidden, params, biases, layers, _, _, bidirectional = args[:7]
     directions = 2 if bidirectional else 1
     each = len(params) // (layers * directions)
     kind = _Kind(gates, biases, each == (5 if biases else 3), flow.where(node))
     x = flow.of(node.tensor(0))
     features = x[-1]
+    batch = _batch(node, flow, packed=packed, batch_first=not packed and node.args[-1])
     outs: list[Axis] = []
     units: list[Axis] = []
     for layer in range(layers):
@@ -57,16 +59,27 @@ def recurrent(node: OpNode, flow: Flow, gates: int = 1) -> list[Axes | None]:
         outs.extend(out for out, _ in cells)
         units.extend(unit for _, unit in cells)
         features = total(out for out, _ in cells)
-    for axes in (outs, units):
-        flow.together([(axis,) for axis in axes])
+    for every in (outs, units):
+        flow.together([(axis,) for axis in every])
     ends = (outs[0], units[0])  # of the hidden state, and of an LSTM's cell state
-    for state, end in zip(hidden if isinstance(hidden, list) else [hidden], ends, strict=False):
-        flow.same(end, flow.of(state)[-1])
-    made: list[Axes | None] = [(*x[:-1], features)]
-    for value, end in zip(node.outputs[1:], ends, strict=False):
-        lead = () if value is None else value.shape[:-1]
-        made.append((*(Axis(n, fixed="data") for n in lead), end))
-    return made
+    levels = Axis(layers * directions, fixed="its positions are layers and directions")
+    states: list[Axes] = [(levels, batch, end) for end in ends]
+    given = hidden if isinstance(hidden, list) else [hidden]
+    for state, axes in zip(given, states, strict=False):
+        flow.together([axes, flow.of(state)])
+    return [(*x[:-1], features), *states[: len(node.outputs) - 1]]
+
+
+def _batch(node: OpNode, flow: Flow, *, packed: bool, batch_first: bool) -> Axis:
+    """Fix what counts steps; return the axis of sequences."""
+    x = flow.of(node.tensor(0))
+    if not packed:
+        x[1 if batch_first else 0].fix(f"its order counts ({flow.where(node)})")
+        return x[0 if batch_first else 1]
+    for axis in (x[0], *flow.of(node.tensor(1))):
+        axis.fix(f"steps and sequences are mixed in it ({flow.where(node)})")
+    states = next(value for value in node.outputs[1:] if value is not None)
+    return Axis(states.shape[1], fixed="data")
 
 
 def _cell(own: list[Value], features: Axis, kind: _Kind, flow: Flow) -> tuple[Axis, Axis]:

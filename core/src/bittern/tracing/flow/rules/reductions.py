@@ -6,13 +6,15 @@ from bittern.tracing.flow.axes import Axis
 from bittern.tracing.flow.graph import OpNode
 from bittern.tracing.flow.propagate import Axes, Flow
 
-__all__ = ["cumulative", "ordered", "reduce"]
+__all__ = ["cumulative", "loss", "ordered", "reduce", "renorm"]
 
 
 def _reduced(node: OpNode, rank: int) -> list[int]:
     """Return the dimensions that are reduced: those that the output lost, or keeps as 1."""
     given = node.arg(_dim_position(node), "dim")
-    if given is None or given == []:
+    if node.op == "aten.mode.default" and given is None:
+        given = -1
+    if given is None or given == [] or isinstance(given, bool):  # `var(x, unbiased)`
         return list(range(rank))
     every = [given] if isinstance(given, int) else list(given)
     return [d % rank for d in every] if rank else []
@@ -35,8 +37,7 @@ def reduce(
         positions: Whether the result says where a coordinate was, as ``argmax`` does.
     """
     axes = flow.of(node.tensor(0))
-    scalar = len(node.args) < 2 and not node.kwargs and not node.out.shape
-    gone = range(len(axes)) if scalar else _reduced(node, len(axes))
+    gone = _reduced(node, len(axes))
     for d in gone:
         if positions:
             axes[d].fix(f"its positions are compared ({flow.where(node)})")
@@ -47,6 +48,33 @@ def reduce(
         Axis(1) if d in gone else axis for d, axis in enumerate(axes) if kept or d not in gone
     )
     return [out if value is not None else None for value in node.outputs]
+
+
+def loss(node: OpNode, flow: Flow) -> Axes:
+    """``mse_loss(x, target)`` and its kin: element by element, then their mean or sum."""
+    every = [flow.of(value) for value in node.inputs()]
+    shape = [max(sizes) for sizes in _columns(every)]
+    axes = flow.broadcast(every, shape)
+    if len(node.out.shape) == len(axes):
+        return axes
+    for axis in axes:
+        axis.normalize(node.module or "the model")
+    return ()
+
+
+def _columns(every: list[Axes]) -> list[list[int]]:
+    """Return the sizes that meet in each dimension, aligned at the last one."""
+    rank = max(map(len, every))
+    return [[a[k].size for a in every if k + len(a) >= 0] for k in range(-rank, 0)]
+
+
+def renorm(node: OpNode, flow: Flow) -> Axes:
+    """``renorm(x, p, dim, maxnorm)``: limits the norm of every slice along ``dim``."""
+    axes = flow.of(node.tensor(0))
+    for d, axis in enumerate(axes):
+        if d != node.args[2] % len(axes):
+            axis.normalize(node.module or "the model")
+    return axes
 
 
 def cumulative(node: OpNode, flow: Flow) -> list[Axes | None]:

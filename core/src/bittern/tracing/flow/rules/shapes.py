@@ -9,8 +9,11 @@ from bittern.tracing.flow.graph import OpNode, Value
 from bittern.tracing.flow.propagate import Axes, Flow
 
 __all__ = [
+    "block_diag",
     "cat",
+    "diag_embed",
     "diagonal",
+    "diagonal_scatter",
     "expand",
     "flip",
     "movedim",
@@ -20,7 +23,9 @@ __all__ = [
     "repeat_interleave",
     "reshape",
     "select",
+    "select_scatter",
     "slice_",
+    "slice_scatter",
     "split",
     "squeeze",
     "stack",
@@ -29,6 +34,7 @@ __all__ = [
     "unbind",
     "unfold",
     "unsqueeze",
+    "view_dtype",
 ]
 
 
@@ -42,6 +48,15 @@ def reshape(node: OpNode, flow: Flow) -> Axes:
     return flow.reshape(flow.of(node.tensor(0)), node.out.shape, flow.where(node))
 
 
+def view_dtype(node: OpNode, flow: Flow) -> Axes:
+    """``view(x, dtype)``: the same bytes, the last dimension in elements of another size."""
+    axes = flow.of(node.tensor(0))
+    if not axes or axes[-1].size == node.out.shape[-1]:
+        return axes
+    axes[-1].fix(f"its bytes are taken apart ({flow.where(node)})")
+    return (*axes[:-1], Axis(node.out.shape[-1], fixed="data"))
+
+
 def permute(node: OpNode, flow: Flow) -> Axes:
     """``permute(x, dims)``."""
     axes = flow.of(node.tensor(0))
@@ -53,7 +68,7 @@ def transpose(node: OpNode, flow: Flow) -> Axes:
     axes = list(flow.of(node.tensor(0)))
     if len(axes) < 2:
         return tuple(axes)
-    default = (0, 1) if node.op.split(".")[1] in ("t", "t_", "numpy_T") else (-2, -1)
+    default = (0, 1) if node.op.split(".")[1].startswith("t") else (-2, -1)
     a, b = node.arg(1, "dim0", default[0]), node.arg(2, "dim1", default[1])
     axes[a], axes[b] = axes[b], axes[a]
     return tuple(axes)
@@ -110,9 +125,14 @@ def repeat_interleave(node: OpNode, flow: Flow) -> Axes:
     """``repeat_interleave(x, n, dim)``: every coordinate ``n`` times in a row."""
     axes, shape = list(flow.of(node.tensor(0))), node.out.shape
     repeats, dim = node.arg(1, "repeats"), node.arg(2, "dim")
+    if repeats is None:  # of the first argument, which says how often its positions are repeated
+        axes[0].fix(f"its positions become numbers ({flow.where(node)})")
+        return (Axis(shape[0], fixed="data"),)
     if dim is None:
         axes, dim = [product(axes)], 0
     if isinstance(repeats, Value):
+        for axis in flow.of(repeats):
+            axis.fix(f"it says how often coordinates are repeated ({flow.where(node)})")
         axes[dim].fix(f"its coordinates are repeated unequally ({flow.where(node)})")
         axes[dim] = Axis(shape[dim], fixed="data")
     else:
@@ -149,6 +169,9 @@ def split(node: OpNode, flow: Flow) -> list[Axes | None]:
     """``split``, ``split_with_sizes``, ``chunk`` and ``tensor_split``: consecutive parts."""
     axes = flow.of(node.tensor(0))
     dim = node.arg(2, "dim", 0) % len(axes)
+    if isinstance(node.args[1], Value):
+        for axis in flow.of(node.args[1]):
+            axis.fix(f"it says where another one is cut ({flow.where(node)})")
     outs = [v for v in node.outputs if v is not None]
     parts = flow.divide(axes[dim], [v.shape[dim] for v in outs], flow.where(node))
     return [(*axes[:dim], part, *axes[dim + 1 :]) for part in parts]
@@ -177,33 +200,44 @@ def slice_(node: OpNode, flow: Flow) -> Axes:
     it. Halves that turn out to be one axis (rotary embeddings) can shrink together; who collects
     the groups looks at that (`Axis.cut`).
     """
-    axes = list(flow.of(node.tensor(0)))
+    axes = flow.of(node.tensor(0))
     dim = node.arg(1, "dim", 0) % len(axes)
-    axis, where = axes[dim], flow.where(node)
-    size = axis.size
     start, end, step = node.arg(2, "start"), node.arg(3, "end"), node.arg(4, "step", 1)
-    if node.op.split(".")[1] == "narrow":
+    where = flow.where(node)
+    if node.op.startswith("aten.narrow"):
+        if isinstance(start, Value):
+            for axis in (axes[dim], *flow.of(start)):
+                axis.fix(f"a part of it is picked by an index ({where})")
+            return (*axes[:dim], Axis(end, fixed="data"), *axes[dim + 1 :])
+        start = start + axes[dim].size if start < 0 else start
         end, step = start + end, 1
+    return _sliced(axes, dim, (start, end, step), flow, where)
+
+
+def _sliced(axes: Axes, dim: int, span: tuple[Any, ...], flow: Flow, where: str) -> Axes:
+    """Return the axes of ``x[start:end:step]`` along ``dim``."""
+    start, end, step = span
+    axis = axes[dim]
+    size = axis.size
     first = min(max(start + size if (start or 0) < 0 else (start or 0), 0), size)
     last = size if end is None else min(max(end + size if end < 0 else end, first), size)
     if (first, last, step) == (0, size, 1):
-        return tuple(axes)
+        return axes
     if step != 1:
-        axes[dim] = _stride(axis, (first, last, step), flow, where)
-        return tuple(axes)
-    parts = flow.divide(axis, (first, last - first, size - last), where)
+        part = _stride(axis, (first, last, step), flow, where)
+        return (*axes[:dim], part, *axes[dim + 1 :])
+    _, part, _ = flow.divide(axis, (first, last - first, size - last), where)
     for position, given in ((first, start), (last, end)):
         if 0 < position < size and given is not None:
             axis.cut(-(size - position) if given < 0 else position, where)
-    axes[dim] = parts[1]
-    return tuple(axes)
+    return (*axes[:dim], part, *axes[dim + 1 :])
 
 
 def _stride(axis: Axis, span: tuple[int, int, int], flow: Flow, where: str) -> Axis:
     """Every ``step``-th coordinate: the outer factor of an axis that is a multiple of it."""
     first, last, step = span
     size = axis.size
-    if size % step == 0 and first < step and last > size - step:
+    if size % step == 0 and first < step and last > size - step + first:
         outer, inner = flow.factor(axis, (size // step, step), where)
         inner.fix(f"every {step}th coordinate is taken ({where})")
         return outer
@@ -217,6 +251,24 @@ def flip(node: OpNode, flow: Flow) -> Axes:
     given = node.arg(1, "dims") if "flip" in node.op else node.arg(2, "dims", ())
     for d in _dims(given, len(axes)) or range(len(axes)):
         axes[d].fix(f"its coordinates change places ({flow.where(node)})")
+    return axes
+
+
+def slice_scatter(node: OpNode, flow: Flow) -> Axes:
+    """``slice_scatter(x, source, dim, start, end, step)``: as writing the source into a slice."""
+    axes, source = flow.of(node.tensor(0)), flow.of(node.tensor(1))
+    dim = node.arg(2, "dim", 0) % len(axes)
+    span = tuple(node.arg(k, "", default) for k, default in ((3, None), (4, None), (5, 1)))
+    flow.together([_sliced(axes, dim, span, flow, flow.where(node)), source])
+    return axes
+
+
+def select_scatter(node: OpNode, flow: Flow) -> Axes:
+    """``select_scatter(x, source, dim, index)``: as writing the source into one position."""
+    axes = flow.of(node.tensor(0))
+    dim = node.arg(2, "dim") % len(axes)
+    axes[dim].fix(f"one position is picked out ({flow.where(node)})")
+    flow.together([(*axes[:dim], *axes[dim + 1 :]), flow.of(node.tensor(1))])
     return axes
 
 
@@ -236,6 +288,35 @@ def diagonal(node: OpNode, flow: Flow) -> Axes:
         axes[d].fix(f"its positions are compared ({flow.where(node)})")
     rest = [axis for d, axis in enumerate(axes) if d not in (a, b)]
     return (*rest, Axis(node.out.shape[-1], fixed="data"))
+
+
+def diagonal_scatter(node: OpNode, flow: Flow) -> Axes:
+    """``diagonal_scatter(x, source, offset, a, b)``: as writing the source into the diagonal."""
+    axes, source = flow.of(node.tensor(0)), flow.of(node.tensor(1))
+    dims = [node.arg(k, "", default) % len(axes) for k, default in ((3, 0), (4, 1))]
+    for axis in (source[-1], *(axes[d] for d in dims)):
+        axis.fix(f"its positions are compared ({flow.where(node)})")
+    rest = tuple(axis for d, axis in enumerate(axes) if d not in dims)
+    flow.together([rest, source[:-1]])
+    return axes
+
+
+def diag_embed(node: OpNode, flow: Flow) -> Axes:
+    """``diag_embed(x, offset, a, b)``: the last dimension becomes the diagonal of two."""
+    *axes, last = flow.of(node.tensor(0))
+    last.fix(f"its positions are compared ({flow.where(node)})")
+    rank = len(node.out.shape)
+    places = sorted(node.arg(k, "", default) % rank for k, default in ((2, -2), (3, -1)))
+    for d in places:
+        axes.insert(d, Axis(node.out.shape[d], fixed="data"))
+    return tuple(axes)
+
+
+def block_diag(node: OpNode, flow: Flow) -> Axes:
+    """``block_diag(tensors)``: rows after rows, columns after columns; vectors are rows."""
+    every = [flow.of(value) for value in node.args[0]]
+    whole = [(*(Axis(1) for _ in range(2 - len(axes))), *axes) for axes in every]
+    return total(rows for rows, _ in whole), total(columns for _, columns in whole)
 
 
 def pad(node: OpNode, flow: Flow) -> Axes:
@@ -260,6 +341,8 @@ def pad(node: OpNode, flow: Flow) -> Axes:
 def unfold(node: OpNode, flow: Flow) -> Axes:
     """``x.unfold(dim, size, step)``: windows along a dimension."""
     axes = list(flow.of(node.tensor(0)))
+    if not axes:
+        return (Axis(node.out.shape[-1], fixed="a window"),)
     dim = node.arg(1, "dimension") % len(axes)
     axes[dim].fix(f"a window slides over it ({flow.where(node)})")
     axes[dim] = Axis(node.out.shape[dim], fixed="data")
