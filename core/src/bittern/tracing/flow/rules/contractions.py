@@ -138,13 +138,12 @@ def attention(node: OpNode, flow: Flow) -> Axes:
             axis.fix(f"its positions are compared ({flow.where(node)})")
     if node.arg(6, "scale") is None:
         q[-1].normalize(node.module or "the model")  # the default scale counts its coordinates
-    heads = q[:-2]
     if len(q) > 2 and q[-3].size != k[-3].size and k[-3].size > 1:
         count = k[-3].size
         kv, _ = flow.factor(q[-3], (count, q[-3].size // count), flow.where(node))
         flow.same(kv, k[-3])
         flow.same(k[-3], v[-3])
-        flow.broadcast([q[:-3], k[:-3], v[:-3]], node.out.shape[:-3])
+        heads = (*flow.broadcast([q[:-3], k[:-3], v[:-3]], node.out.shape[:-3]), q[-3])
     else:
         heads = flow.broadcast([q[:-2], k[:-2], v[:-2]], node.out.shape[:-2])
     mask = node.arg(3, "attn_mask")
