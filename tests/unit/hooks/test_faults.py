@@ -326,6 +326,16 @@ WRONG = [
         "TypeError: ModuleRule.priority must be an int, not 'high'",
     ),
     (
+        "register_modules",
+        "ModuleRule(target='a:B', quantized='a:B', like='torch.nn:Linear')",
+        "ValueError: ModuleRule.like is 'torch.nn:Linear'; write the name of a class alone",
+    ),
+    (
+        "register_modules",
+        "ModuleRule(target='a:B', quantized='a:B', like=Wing)",
+        "TypeError: ModuleRule.like must be a string; write 'Wing', not the object",
+    ),
+    (
         "register_formats",
         "NumberFormat(name='x', bits=8, codec=run)",
         "TypeError: NumberFormat.codec must be a string; write 'alpha_hooks:run'",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from bittern.config import MatchModel
 from bittern.errors import CalibrationError, ModelError, PlanError, RecipeError
 from bittern.planning import build_plan
 from bittern.planning.match import Matcher
-from bittern.records import ModelAdapter, Plan
+from bittern.records import ModelAdapter, ModuleRule, Plan
+from bittern.registry import target_of
+from bittern.report import Report
+from bittern.report.console import show_plan
 from bittern.toolkit import Toolkit
 
 Make = Callable[..., nn.Module]
@@ -164,6 +169,88 @@ def test_classes_are_found_along_the_mro(plan_of: Callable[..., Plan]) -> None:
     assert every.modules == ("a", "b")
     only = plan_of(model, {"match": {"class": "Mine"}, "weight": "int8"})
     assert only.modules == ("b",)
+
+
+# --- what is like a class of torch ----------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """A framework's linear layer; no nn.Linear, and not called so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.fixture
+def dense_plan(toolkit: Toolkit) -> Callable[..., Plan]:
+    """Plans a Dense and a Linear, with a plugin's rule for Dense."""
+    from bittern.builtin.hooks import INPUT, WEIGHT
+
+    def make(recipe: Any, **options: Any) -> Plan:
+        rule = ModuleRule(
+            target=target_of(Dense),
+            quantized="bittern.nn.linear:QuantLinear",
+            slots=(WEIGHT, INPUT),
+            **options,
+        )
+        model = nn.ModuleDict({"dense": Dense(), "linear": nn.Linear(4, 4)})
+        table = toolkit.registry.modules.extended([(rule, "bittern-dense 1.0", False)])
+        return build_plan(model, toolkit.recipe(recipe), toolkit.registry, modules=table)
+
+    return make
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", "int8-smoothquant", "fp8"])
+def test_a_shipped_recipe_takes_what_a_plugin_says_is_like_linear(
+    recipe: str, dense_plan: Callable[..., Plan]
+) -> None:
+    plan = dense_plan(recipe, like="Linear")
+
+    assert plan.modules == ("dense", "linear")
+    assert {entry.module: entry.like for entry in plan.entries} == {
+        "dense": "Linear",
+        "linear": None,
+    }
+    entries = plan.by_module()
+    assert [e.spec for e in entries["dense"].values()] == [
+        e.spec for e in entries["linear"].values()
+    ]
+
+
+def test_without_likeness_a_class_is_known_by_its_own_name_only(
+    dense_plan: Callable[..., Plan],
+) -> None:
+    assert dense_plan("int8").modules == ("linear",)
+    assert dense_plan("int8", like="Conv2d").modules == ("dense", "linear")
+
+
+def test_what_is_like_linear_still_has_its_own_name(dense_plan: Callable[..., Plan]) -> None:
+    off = {"match": {"class": "Dense"}, "weight": "none", "input": "none"}
+    plan = dense_plan({"extends": "int8", "rules": [off]}, like="Linear")
+
+    assert plan.modules == ("linear",)
+    assert plan.skipped["dense"] == "switched off by the recipe"
+
+
+def test_a_skip_by_class_holds_for_what_is_like_it(dense_plan: Callable[..., Plan]) -> None:
+    everything = {"match": "*", "weight": "int8"}
+    recipe = {"rules": [everything], "skip": [{"class": "Linear"}], "strict": False}
+    with pytest.raises(PlanError, match="quantizes nothing"):
+        dense_plan(recipe, like="Linear")
+
+
+def test_likeness_is_shown_in_the_plan(dense_plan: Callable[..., Plan]) -> None:
+    plan = dense_plan("int8", like="Linear")
+    console = Console(width=120, file=io.StringIO())
+    show_plan(plan, console)
+
+    assert "bittern-dense 1.0, like Linear" in console.file.getvalue()
+    rows = Report(plan=plan).to_dict()["entries"]
+    assert {row["module"]: row["like"] for row in rows} == {"dense": "Linear", "linear": None}
 
 
 def test_the_model_itself_matches_a_star(plan_of: Callable[..., Plan]) -> None:

@@ -143,6 +143,7 @@ def test_a_report_holds_the_plan(plan: Plan) -> None:
         "rule": "torch.nn.modules.linear:Linear",
         "plugin": "bittern",
         "shape": [16, 16],
+        "like": None,
     }
     assert data["evaluation"] is data["export"] is data["verification"] is None
 

@@ -89,13 +89,14 @@ def build_plan(
     warnings: list[str] = []
     for path, module in _own_modules(model):
         cls = original_class(module)
-        wanted = _wanted(rules, path, cls, adapter.roles)
         bearing = any(True for _ in module.parameters(recurse=False))
         match = table.find(module, cls)
+        like = match.rule.like if isinstance(match, Match) else None
+        wanted = _wanted(rules, path, cls, adapter.roles, like=like)
         usable = isinstance(match, Match) and match.rule.quantized is not None
         skip = None
         for rule in skips:
-            if rule.matcher(path, cls, adapter.roles):
+            if rule.matcher(path, cls, adapter.roles, like=like):
                 rule.seen.add(path)
                 skip = skip if skip is not None else rule.matcher
         for rule in (*rules, *skips):
@@ -193,11 +194,16 @@ def _childless(module: nn.Module) -> bool:
 
 
 def _wanted(
-    rules: list[_Rule], path: str, cls: type, roles: Mapping[str, str]
+    rules: list[_Rule],
+    path: str,
+    cls: type,
+    roles: Mapping[str, str],
+    *,
+    like: str | None,
 ) -> dict[str, tuple[SpecModel | None, str]]:
     wanted: dict[str, tuple[SpecModel | None, str]] = {}
     for rule in rules:
-        if rule.matcher(path, cls, roles):
+        if rule.matcher(path, cls, roles, like=like):
             rule.seen.add(path)
             for slot, spec in rule.specs.items():
                 wanted[slot] = (spec, rule.label)
@@ -243,6 +249,7 @@ def _entries(
             slot_rule=slot,
             shape=tuple(tensor.shape) if isinstance(tensor, Tensor) else None,
             recipe_rule=label,
+            like=match.rule.like,
         )
 
 

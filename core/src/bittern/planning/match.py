@@ -32,16 +32,20 @@ class Matcher:
                 except re.error as error:
                     raise RecipeError(f"{pattern!r} is not a regular expression: {error}") from None
 
-    def __call__(self, path: str, cls: type, roles: Mapping[str, str]) -> bool:
+    def __call__(
+        self, path: str, cls: type, roles: Mapping[str, str], *, like: str | None = None
+    ) -> bool:
         """Return whether the pattern means the module.
 
         Args:
             path: Dotted path of the module.
             cls: Its class (before conversion).
             roles: Module path to role.
+            like: The class that its module rule says it is like.
         """
         match = self.match
-        if match.class_ and not any(base.__name__ in match.class_ for base in cls.__mro__):
+        names = {like, *(base.__name__ for base in cls.__mro__)}
+        if match.class_ and names.isdisjoint(match.class_):
             return False
         if match.role and roles.get(path) not in match.role:
             return False

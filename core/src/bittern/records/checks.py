@@ -6,7 +6,7 @@ class where a string belongs would be a rule that never matches, without a word.
 
 from __future__ import annotations
 
-__all__ = ["check_import_strings", "check_items", "check_priority"]
+__all__ = ["check_class_name", "check_import_strings", "check_items", "check_priority"]
 
 ANY = "*"
 
@@ -30,6 +30,24 @@ def check_import_strings(record: object, *fields: str) -> None:
         module, _, name = value.partition(":")
         if not module or not name:
             raise ValueError(f'{what} is {value!r}; write "package.module:name"')
+
+
+def check_class_name(record: object, field: str) -> None:
+    """Raise unless a field holds the bare name of a class, or ``None``.
+
+    Raises:
+        TypeError: It is no string.
+        ValueError: It is no name, as ``"torch.nn:Linear"``.
+    """
+    value = getattr(record, field)
+    if value is None:
+        return
+    what = f"{type(record).__name__}.{field}"
+    if not isinstance(value, str):
+        name = getattr(value, "__name__", "Linear")
+        raise TypeError(f"{what} must be a string; write {name!r}, not the object")
+    if not value.isidentifier():
+        raise ValueError(f'{what} is {value!r}; write the name of a class alone, as "Linear"')
 
 
 def check_priority(record: object) -> None:

@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bittern.records.checks import check_import_strings, check_items, check_priority
+from bittern.records.checks import (
+    check_class_name,
+    check_import_strings,
+    check_items,
+    check_priority,
+)
 
 __all__ = ["LeafRule", "ModuleRule", "OpRule", "Slot", "SymInfoFactory", "SymbolRule"]
 
@@ -45,6 +50,8 @@ class ModuleRule:
         subclass_forward: Whether the rule also takes subclasses that override ``forward``.
         priority: Decides between rules of the same closeness; higher wins.
         predicate: Optional extra test on the live module.
+        like: Name of the class that recipes may take it for, as ``"Linear"``: what
+            ``match: {class: Linear}`` says, as the shipped recipes do, then holds for it too.
     """
 
     target: str
@@ -54,9 +61,11 @@ class ModuleRule:
     subclass_forward: bool = False
     priority: int = 0
     predicate: Callable[[Any], bool] | None = None
+    like: str | None = None
 
     def __post_init__(self) -> None:
         check_import_strings(self, "target", "quantized")
+        check_class_name(self, "like")
         check_items(self, "slots", Slot)
         check_priority(self)
 

@@ -26,6 +26,7 @@ class PlanEntry:
         shape: Shape of the weight, ``None`` for activations.
         recipe_rule: Which recipe rule decided, in words.
         slot_rule: The slot as its module rule declares it.
+        like: Name of the class that recipes may take the module for, if the module rule gives one.
     """
 
     module: str
@@ -37,6 +38,7 @@ class PlanEntry:
     slot_rule: Slot
     shape: tuple[int, ...] | None = None
     recipe_rule: str = ""
+    like: str | None = None
 
     @property
     def format(self) -> str:

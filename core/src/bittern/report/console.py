@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bittern.records import Evaluation, Plan, Verification
+from bittern.records import Evaluation, Plan, PlanEntry, Verification
 from bittern.report.blocks import collapse
 from bittern.report.report import Report
 
@@ -35,7 +35,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
             path or "(model)",
             (
                 "\n".join(f"{slot}: {entry.spec}" for slot, entry in slots.items()),
-                next(iter(slots.values())).plugin,
+                _rule_of(next(iter(slots.values()))),
             ),
         )
         for path, slots in plan.by_module().items()
@@ -59,6 +59,10 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
         f"({plan.bytes_before / max(plan.bytes_after, 1):.2f} x smaller), "
         f"{plan.effective_bits:.2f} bits per quantized weight, scales included"
     )
+
+
+def _rule_of(entry: PlanEntry) -> str:
+    return entry.plugin if entry.like is None else f"{entry.plugin}, like {entry.like}"
 
 
 def show_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:

@@ -59,7 +59,10 @@ class Report:
         return {
             "bittern": __version__,
             "recipe": plan.recipe,
-            "entries": entry_dict(plan),
+            "entries": [
+                {**row, "like": entry.like}
+                for row, entry in zip(entry_dict(plan), plan.entries, strict=True)
+            ],
             "skipped": dict(plan.skipped),
             "warnings": list(plan.warnings),
             "parameters": plan.parameters,

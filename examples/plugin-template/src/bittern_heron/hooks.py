@@ -33,6 +33,7 @@ def register_modules() -> list[ModuleRule]:
                 Slot("input", channel_axis=-1),
                 Slot("output", channel_axis=-1),
             ),
+            like="Linear",  # what recipes say of nn.Linear, they say of it
         ),
         ModuleRule(
             target=DOT_PRODUCT,
