@@ -1,21 +1,33 @@
-"""How long it takes to trace and analyse a model without example inputs.
+"""How long it takes to trace a model: with example inputs, and without.
 
     python benchmarks/tracing.py [--json FILE]
 
-CPU time of one thread: `recursive_trace` and `analyze_symbols` on models without pretrained
-weights, on the meta device. The models are written here, so that nothing but torch is needed.
+CPU time of one thread, on models without pretrained weights, on the meta device. `bt.trace` stands
+beside `torch.export` of the same model in the same run; its parts are measured one by one. The
+symbolic path is `recursive_trace` and `analyze_symbols`. The models are written here, so that
+nothing but torch is needed; a Llama of transformers is measured where that is installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any
 
 import torch
-from common import Figure, best, environment, parser, report
+from common import Figure, best, cpu_seconds, environment, parser, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import bittern as bt
+from bittern.toolkit import default_toolkit
+from bittern.tracing import Trace
+from bittern.tracing.coverage import guard_branches
+from bittern.tracing.flow import Flow
+from bittern.tracing.flow.record import record
+from bittern.tracing.groups import settle_cuts
 from bittern.tracing.symbolic import analyze_symbols, recursive_trace
 
 
@@ -149,6 +161,112 @@ def chain(blocks: int) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), *[Residual() for _ in range(blocks)], nn.Linear(8, 2))
 
 
+def rotary() -> dict[str, Tensor]:
+    """Return inputs of the decoder."""
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    return {"tokens": tokens, "cos": torch.zeros(8, 8), "sin": torch.zeros(8, 8)}
+
+
+def llama() -> nn.Module:
+    """Return a small Llama of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+Inputs = Callable[[], dict[str, Any]]
+PARTS = ("fake run", "flow", "groups", "shared inputs", "folds", "coverage")
+
+
+def whole(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Trace a model and ask for everything."""
+    trace = bt.trace(model, inputs)
+    assert trace.coverage.fraction == 1
+    _ = trace.groups, trace.shared_inputs, trace.foldable
+
+
+def parts(model: nn.Module, inputs: dict[str, Any]) -> list[float]:
+    """Return the CPU seconds of each of the `PARTS` of one trace."""
+    registry = default_toolkit().registry
+    found: list[Any] = []
+
+    def flow() -> None:
+        found.append(Flow(found[0], registry.ops))
+        found[1].run()
+        settle_cuts(found[1])
+        guard_branches(found[1], model)
+
+    seconds = [
+        cpu_seconds(lambda: found.append(record(model, (), inputs, knows=registry.ops.knows))),
+        cpu_seconds(flow),
+    ]
+    trace = Trace(model, found[1], registry.leaves, registry.symbols)
+    rest = ("groups", "shared_inputs", "foldable", "coverage")
+    return seconds + [cpu_seconds(lambda what=what: getattr(trace, what)) for what in rest]
+
+
+def with_inputs(name: str, build: Callable[[], nn.Module], inputs: Inputs) -> list[Figure]:
+    """Measure `bt.trace` and its parts beside `torch.export`."""
+    with torch.device("meta"):
+        model, example = build().eval(), inputs()
+    whole(model, example)
+    torch.export.export(model, (), example)
+    ours, theirs, each = [], [], []
+    for _ in range(5):  # in turn: what disturbs one disturbs the other
+        ours.append(cpu_seconds(lambda: whole(model, example)))
+        theirs.append(cpu_seconds(lambda: torch.export.export(model, (), example)))
+        each.append(parts(model, example))
+    figures = [
+        Figure(f"bt.trace, {name}", 1000 * median(ours), "ms", note="everything"),
+        Figure(f"torch.export, {name}", 1000 * median(theirs), "ms", note="the same model"),
+        Figure(
+            f"bt.trace / torch.export, {name}",
+            median(a / b for a, b in zip(ours, theirs, strict=True)),
+            "x",
+            1.3,
+        ),
+    ]
+    return figures + [
+        Figure(f"  {part}, {name}", 1000 * median(values), "ms")
+        for part, values in zip(PARTS, zip(*each, strict=True), strict=True)
+    ]
+
+
+def growth() -> list[Figure]:
+    """Measure whether the time of `bt.trace` is linear in the number of blocks."""
+    per_block: dict[int, float] = {}
+    for n in (10, 100, 1000):
+        with torch.device("meta"):
+            model, inputs = chain(n).eval(), {"input": torch.zeros(2, 4)}
+        whole(model, inputs)
+        repeats = 3 if n == 1000 else 5
+        runs = [cpu_seconds(lambda m=model, i=inputs: whole(m, i)) for _ in range(repeats)]
+        per_block[n] = 1000 * median(runs) / n
+    return [
+        Figure(f"bt.trace, per block of {n}", value, "ms", 1.5 * per_block[10] if n > 10 else None)
+        for n, value in per_block.items()
+    ]
+
+
+def run_paths() -> Iterable[Figure]:
+    """Measure the path with example inputs."""
+    yield from with_inputs("ResNet-50", ResNet, lambda: {"x": torch.zeros(1, 3, 64, 64)})
+    yield from with_inputs("8 decoder blocks", lambda: Decoder(8), rotary)
+    if importlib.util.find_spec("transformers") is not None:
+        tokens = torch.zeros(1, 8, dtype=torch.int64)
+        inputs = {"input_ids": tokens, "use_cache": False}
+        yield from with_inputs("8 Llama layers", llama, lambda: inputs)
+    yield from growth()
+
+
 def milliseconds(build: Callable[[], nn.Module], run: Callable[[nn.Module], object]) -> float:
     with torch.device("meta"):
         model = build()
@@ -195,7 +313,7 @@ def main() -> None:
     arguments = parser(__doc__).parse_args()
     torch.set_num_threads(1)
     about = environment()
-    report("tracing", symbolic(), json_path=arguments.json, about=about)
+    report("tracing", [*run_paths(), *symbolic()], json_path=arguments.json, about=about)
 
 
 if __name__ == "__main__":
