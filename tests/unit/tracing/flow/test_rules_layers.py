@@ -319,8 +319,7 @@ RECURRENT = [
     ),
     recurrent(
         "lstm, bidirectional, two layers",
-        "!ab, (!c)b, (!c)c, (!c)b, (!c)c, (!c)(c+c), (!c)c, (!c)(c+c), (!c)c"
-        " -> !a(c+c), !ac, !ac",
+        "!ab, (!c)b, (!c)c, (!c)b, (!c)c, (!c)(c+c), (!c)c, (!c)(c+c), (!c)c -> !a(c+c), !ac, !ac",
         nn.LSTM,
         num_layers=2,
         bidirectional=True,

@@ -106,8 +106,11 @@ def _advanced(
     shape = _made_shape(node, kept, first)
     known = [a for a in every if a]
     fits = known and all(len(a) <= len(shape) for a in known) and len(known) == len(every)
-    made = flow.broadcast(known, shape) if fits else tuple(Axis(n, fixed="data") for n in shape)
-    return kept, made, first
+    if fits:
+        return kept, flow.broadcast(known, shape), first
+    for own in known:
+        _placed(own, node, flow)
+    return kept, tuple(Axis(n, fixed="data") for n in shape), first
 
 
 def _made_shape(node: OpNode, kept: list[Axis], first: int | None) -> tuple[int, ...]:
