@@ -25,8 +25,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         attributes = dict(vars(module))
         # The containers of parameters, buffers, modules and hooks are among these.
-        containers = [v for v in attributes.values() if isinstance(v, _CONTAINERS)]
-        kept.append((module, attributes, [(v, v.copy() if v else None) for v in containers]))
+        held = [v for v in attributes.values() if isinstance(v, _CONTAINERS)]
+        kept.append((module, attributes, [(v, v.copy() if v else None) for v in held]))
     gpus = {p.device.index for p in model.parameters() if p.is_cuda}
     try:
         with torch.random.fork_rng(devices=gpus):
