@@ -195,9 +195,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if found is None:
             found = getattr(tensor, ATTRIBUTE, None)
         if found is None:
-            found = self._moved(tensor) or _value(tensor, "constant", "a constant")
-            if not isinstance(tensor, nn.Parameter):
-                setattr(tensor, ATTRIBUTE, found)
+            found = self._moved(tensor)
+        if found is None:  # somebody else's tensor: no mark is left on it
+            found = self._stored[id(tensor)] = _value(tensor, "constant", "a constant")
+            self._alive.append(tensor)
         return found
 
     def held(self) -> Iterator[Value]:
@@ -235,15 +236,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return CPU
         return item
 
-    def _spare(self, item: Any) -> Any:
-        """Return a copy of a parameter or buffer that an operator is about to overwrite."""
-        if isinstance(item, Tensor) and id(item) in self._stored:
-            twin = self._twins.get(id(item))
-            if twin is None:
-                twin = self._twins[id(item)] = item.detach().clone()
-                setattr(twin, ATTRIBUTE, self._stored[id(item)])
-            return twin
-        return item
+    def _spare(self, item: Any, *, written: bool) -> Any:
+        """Return a copy of what a real run may overwrite.
+
+        Parameters, when an operator is about to write; buffers and other tensors of the model at
+        once, since it may be a view of them that is written.
+        """
+        known = self._stored.get(id(item)) if isinstance(item, Tensor) else None
+        if known is None or (known.kind == "parameter" and not written):
+            return item
+        twin = self._twins.get(id(item))
+        if twin is None:
+            twin = self._twins[id(item)] = item.detach().clone()
+            setattr(twin, ATTRIBUTE, known)
+        return twin
 
     def _values(self, item: Any) -> Any:
         if isinstance(item, Tensor):
@@ -270,8 +276,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._mode is not None:
             args = tuple([self._swap(a) for a in args])
             kwargs = {k: self._swap(v) for k, v in kwargs.items()}
-        elif func._schema.is_mutable:
-            args = tuple([self._spare(a) for a in args])
+        else:
+            args = tuple([self._spare(a, written=func._schema.is_mutable) for a in args])
         if takes_apart and not self._inside_leaf:
             with self:
                 made = func.decompose(*args, **kwargs)
@@ -411,16 +417,23 @@ def _value(tensor: Tensor, kind: str, name: str) -> Value:
     )
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a model's output, whatever holds them."""
+def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors in anything: containers, dataclasses, objects with attributes."""
     if isinstance(tree, Tensor):
         yield tree
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            yield from _tensors(item)
-    elif isinstance(tree, list | tuple | set):
-        for item in tree:
-            yield from _tensors(item)
-    elif hasattr(tree, "__dataclass_fields__"):
-        for name in tree.__dataclass_fields__:
-            yield from _tensors(getattr(tree, name))
+        return
+    seen = seen if seen is not None else set()
+    if isinstance(tree, nn.Module | type | str | int | float) or id(tree) in seen:
+        return
+    seen.add(id(tree))
+    items: Any = ()
+    if isinstance(tree, Mapping):
+        items = tree.values()
+    elif isinstance(tree, list | tuple | set | frozenset):
+        items = tree
+    elif hasattr(tree, "__dict__"):
+        items = vars(tree).values()
+    elif hasattr(tree, "__dataclass_fields__"):  # one with slots
+        items = (getattr(tree, name, None) for name in tree.__dataclass_fields__)
+    for item in list(items):
+        yield from _tensors(item, seen)
