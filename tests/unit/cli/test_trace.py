@@ -51,6 +51,17 @@ def test_explain(name, traced):
     assert traced("--explain", name, "--json").json["explanation"] in words
 
 
+def test_tree(traced):
+    tree = traced("--tree").out
+    assert tree.splitlines() == [
+        "Sequential",
+        "  0: Embedding  weight [16!, 8]",
+        "  1: Linear  weight [8, 8]  bias [8]",
+        "  3: Linear  weight [16!, 8]  bias [16!]",
+    ]
+    assert traced("--tree", "--json").json["tree"] == tree
+
+
 def test_explain_of_an_unknown_name(traced):
     done = traced("--explain", "2.weight")
     assert done.code == 2

@@ -229,6 +229,21 @@ def test_an_interrupt_passes_and_leaves_the_model_as_it_was(
     assert picture(model) == before
 
 
+def test_tensors_and_classes_that_were_exchanged_are_put_back(toolkit: Toolkit) -> None:
+    def forward(self: Pair, x: Tensor) -> Tensor:
+        self.a.weight.data = self.a.weight.data * 2
+        self.b.weight = nn.Parameter(self.b.weight + 1)
+        self.b.bias.requires_grad_(False)
+        self.to(torch.float64)
+        self.__class__ = Pair
+        return self.b(self.a(x.double()))
+
+    model = between(forward)
+    before = picture(model)
+    toolkit.trace(model, X)
+    assert picture(model) == before
+
+
 def test_example_inputs_are_not_written_into(toolkit: Toolkit) -> None:
     def forward(self: Pair, x: Tensor) -> Tensor:
         x.add_(1)

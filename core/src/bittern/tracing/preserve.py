@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["unchanged"]
 
@@ -18,9 +19,16 @@ _CONTAINERS = (dict, list, set)
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Put the attributes of all modules back afterwards, and the random state.
 
-    A ``forward`` that remembers something would otherwise leave torch.fx proxies in the model.
-    Attributes, and the containers among them, are restored; tensors are not copied.
+    A ``forward`` that remembers something would otherwise leave torch.fx proxies in the model, one
+    that assigns ``weight.data`` tensors without values. Attributes, the containers among them and
+    the memory of parameters and buffers are restored; what is in that memory is not copied.
     """
+    tensors = [
+        (tensor, tensor.data, tensor.requires_grad)
+        for tensor in (*model.parameters(), *model.buffers())
+        if not is_lazy(tensor)
+    ]
+    classes = [(module, type(module)) for module in model.modules()]
     kept: list[tuple[nn.Module, dict[str, Any], list[tuple[Any, Any]]]] = []
     for module in model.modules():
         attributes = dict(vars(module))
@@ -32,6 +40,14 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices=gpus):
             yield
     finally:
+        for module, kind in classes:
+            if type(module) is not kind:
+                module.__class__ = kind
+        for tensor, data, learns in tensors:
+            if not _same_memory(tensor, data):
+                tensor.data = data
+            if tensor.requires_grad is not learns:
+                tensor.requires_grad_(learns)
         for module, attributes, containers in kept:
             _restore(module.__dict__, attributes)
             for container, content in containers:
@@ -39,6 +55,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                     container.clear()
                 else:
                     _restore(container, content)
+
+
+def _same_memory(one: Tensor, two: Tensor) -> bool:
+    try:
+        return bool(one.untyped_storage()._cdata == two.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a wrapper of other tensors has none of its own
+        return True
 
 
 def _restore(container: Any, content: Any) -> None:
