@@ -194,9 +194,13 @@ class Flow:
     def _step(self, node: OpNode) -> None:
         made: Axes | list[Axes | None] | None
         entry = self._table.find(node.op)
+        written = _written(node.op)
         leaf = node.op.startswith("module.")
         if entry is None and not leaf:
             self._barrier(node, f"there is no rule for {node.op}")
+            return
+        if written is None:
+            self._barrier(node, f"{node.op} writes without saying what")
             return
         plugin = entry.plugin if entry is not None else "the symbols"
         try:
@@ -229,7 +233,7 @@ class Flow:
                 )
                 return
             self._axes[value] = axes
-        for place, name, k in _written(node.op):
+        for place, name, k in written:
             target, value = node.arg(place, name), node.outputs[k]
             # Views of what was written into see the same coordinates.
             if isinstance(target, Value) and value is not None and target.shape == value.shape:
@@ -250,8 +254,11 @@ class Flow:
 
 
 @cache
-def _written(op: str) -> tuple[tuple[int, str, int], ...]:
-    """Return which arguments an operator writes its outputs into: position, name, output."""
+def _written(op: str) -> tuple[tuple[int, str, int], ...] | None:
+    """Return which arguments an operator writes its outputs into: position, name, output.
+
+    ``None`` for one that writes, and returns nothing.
+    """
     try:
         namespace, packet, overload = op.split(".")
         found = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
@@ -260,6 +267,8 @@ def _written(op: str) -> tuple[tuple[int, str, int], ...]:
         return ()
     if torch.Tag.inplace_view in found.tags:  # `t_` gives another shape, it writes no elements
         return ()
+    if not schema.returns and schema.is_mutable:
+        return None
     homes = {
         alias: k
         for k, made in enumerate(schema.returns)

@@ -16,8 +16,8 @@ _HERE = "bittern.tracing.flow.rules"
 _IDENTITY = """
 to _to_copy clone contiguous detach alias lift lift_fresh lift_fresh_copy type_as dropout
 feature_dropout alpha_dropout feature_alpha_dropout native_dropout requires_grad_ rename zero_ fill
-_conj conj _conj_physical resolve_conj resolve_neg positive cpu cuda float double half bfloat16
-_to_dense to_dense
+_conj conj conj_physical _conj_physical resolve_conj resolve_neg positive cpu cuda float double half
+bfloat16 _to_dense to_dense
 """
 
 _ELEMENTWISE = """
@@ -83,7 +83,7 @@ def _rules() -> Iterator[tuple[str, str, dict[str, object]]]:
 def _elements() -> Iterator[tuple[str, str, dict[str, object]]]:
     yield "elementwise:identity", _IDENTITY, {}
     yield "elementwise:elementwise", _ELEMENTWISE, {}
-    yield "elementwise:elementwise", "min.other max.other", {}
+    yield "elementwise:elementwise", "min.other min.out max.other max.out", {}
     yield "elementwise:copy", "copy copy_", {}
     yield "elementwise:prelu", "prelu", {}
     yield "elementwise:elementwise", "_prelu_kernel", {}
@@ -126,6 +126,7 @@ def _shapes() -> Iterator[tuple[str, str, dict[str, object]]]:
         both = " ".join(f"{name} {name}_copy" for name in names.split(","))
         yield f"shapes:{function}", both, {}
     yield "shapes:slice_", "narrow_copy", {}
+    yield "shapes:unfold_backward", "unfold_backward", {}
     yield "shapes:reshape", "view_copy", {}
     yield "shapes:view_dtype", "view_copy.dtype", {}
     yield "elementwise:identity", "alias_copy detach_copy", {}

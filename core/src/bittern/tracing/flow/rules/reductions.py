@@ -12,7 +12,7 @@ __all__ = ["cumulative", "loss", "ordered", "reduce", "renorm"]
 def _reduced(node: OpNode, rank: int) -> list[int]:
     """Return the dimensions that are reduced: those that the output lost, or keeps as 1."""
     given = node.arg(_dim_position(node), "dim")
-    if node.op == "aten.mode.default" and given is None:
+    if node.op.startswith("aten.mode.") and given is None:
         given = -1
     if given is None or given == [] or isinstance(given, bool):  # `var(x, unbiased)`
         return list(range(rank))

@@ -33,6 +33,7 @@ __all__ = [
     "triangle",
     "unbind",
     "unfold",
+    "unfold_backward",
     "unsqueeze",
     "view_dtype",
 ]
@@ -347,3 +348,13 @@ def unfold(node: OpNode, flow: Flow) -> Axes:
     axes[dim].fix(f"a window slides over it ({flow.where(node)})")
     axes[dim] = Axis(node.out.shape[dim], fixed="data")
     return (*axes, Axis(node.out.shape[-1], fixed="a window"))
+
+
+def unfold_backward(node: OpNode, flow: Flow) -> Axes:
+    """``unfold_backward(x, sizes, dim, size, step)``: sums windows to where they were."""
+    *axes, window = flow.of(node.tensor(0))
+    dim = node.args[2] % len(node.out.shape)
+    for axis in (axes[dim], window):
+        axis.fix(f"a window slides over it ({flow.where(node)})")
+    axes[dim] = Axis(node.out.shape[dim], fixed="data")
+    return tuple(axes)
