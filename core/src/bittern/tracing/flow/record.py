@@ -169,7 +169,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self._mode is not None:
                 fresh: Tensor = self._fake(tree)
             else:
-                fresh = tree.detach().clone()  # the model may write into it
+                fresh = _copy(tree)  # the model may write into it
             value = _value(tree, "input", name)
             setattr(fresh, ATTRIBUTE, value)
             self._graph.inputs.append(value)
@@ -247,7 +247,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return item
         twin = self._twins.get(id(item))
         if twin is None:
-            twin = self._twins[id(item)] = item.detach().clone()
+            twin = self._twins[id(item)] = _copy(item)
             setattr(twin, ATTRIBUTE, known)
         return twin
 
@@ -393,6 +393,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note(op, (positional, others), own, list(_tensors(output)))
         self._stack.pop()
         self._graph.sealed[path] = self._leaf(module)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # Not an inference tensor: some views of one cannot be made.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().clone()
 
 
 def _composite(func: Any) -> bool:
