@@ -203,10 +203,11 @@ def fft(node: OpNode, flow: Flow) -> Axes:
     return tuple(axes)
 
 
-def solve(node: OpNode, flow: Flow) -> list[Axes | None]:
-    """``solve_triangular(a, b)``: the columns of ``b`` are solved one by one, the rest is mixed."""
+def solve(node: OpNode, flow: Flow) -> Axes:
+    """``solve_triangular(a, b)``: columns of ``b`` are solved for themselves, rows if not ``left``."""
     a, b = flow.of(node.tensor(0)), flow.of(node.tensor(1))
-    for axis in (*a[-2:], b[-2]):
+    rows, columns = b[-2:]
+    for axis in (*a[-2:], rows if node.kwargs.get("left", True) else columns):
         axis.fix(f"a system of equations mixes its coordinates ({flow.where(node)})")
     lead = flow.broadcast([a[:-2], b[:-2]], node.out.shape[:-2])
-    return [(*lead, b[-2], b[-1]), *(None for _ in node.outputs[1:])]
+    return (*lead, rows, columns)
