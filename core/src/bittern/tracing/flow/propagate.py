@@ -202,7 +202,7 @@ class Flow:
         if written is None:
             self._barrier(node, f"{node.op} writes without saying what")
             return
-        plugin = entry.plugin if entry is not None else "the symbols"
+        whose = f"the rule of {entry.plugin if entry is not None else 'the symbols'} for {node.op}"
         try:
             if entry is None:
                 made = self._sealed(node, self)
@@ -212,32 +212,35 @@ class Flow:
                     return
             else:
                 made = entry.flow(node, self, **entry.options)
+            complaint = self._accept(node, made)
         except Exception as error:  # a rule that fails must not cost the whole trace
-            self._barrier(
-                node, f"the rule of {plugin} for {node.op}: {type(error).__name__}: {error}"
-            )
+            self._barrier(node, f"{whose}: {type(error).__name__}: {error}")
             return
-        every = made if isinstance(made, list) else [made]
-        for k, value in enumerate(node.outputs):
-            if value is None:
-                continue
-            axes = every[k] if k < len(every) else None
-            if axes is None:
-                axes = tuple(Axis(n, fixed="data") for n in value.shape)
-            if tuple(a.size for a in axes) != value.shape:
-                got = [a.size for a in axes]
-                self._barrier(
-                    node,
-                    f"the rule of {plugin} for {node.op} gives the shape {got}, "
-                    f"it is {list(value.shape)}",
-                )
-                return
-            self._axes[value] = axes
+        if complaint:
+            self._barrier(node, f"{whose} {complaint}")
+            return
         for place, name, k in written:
             target, value = node.arg(place, name), node.outputs[k]
             # Views of what was written into see the same coordinates.
             if isinstance(target, Value) and value is not None and target.shape == value.shape:
                 self.together([self.of(target), self.of(value)])
+
+    def _accept(self, node: OpNode, made: Axes | list[Axes | None] | None) -> str:
+        """Take over what a rule says about the outputs; return what is wrong with it."""
+        every = made if isinstance(made, list) else [made]
+        for k, value in enumerate(node.outputs):
+            if value is None:
+                continue
+            if made is None or k >= len(every):
+                return f"says nothing about output {k}"
+            axes = every[k]
+            if axes is None:
+                axes = tuple(Axis(n, fixed="data") for n in value.shape)
+            sizes = [axis.size for axis in axes]
+            if sizes != list(value.shape):
+                return f"gives the shape {sizes}, it is {list(value.shape)}"
+            self._axes[value] = axes
+        return ""
 
     def _barrier(self, node: OpNode, reason: str) -> None:
         known = self.barriers.setdefault(node.module, reason)

@@ -204,7 +204,7 @@ def fft(node: OpNode, flow: Flow) -> Axes:
 
 
 def solve(node: OpNode, flow: Flow) -> Axes:
-    """``solve_triangular(a, b)``: columns of ``b`` are solved for themselves, rows if not ``left``."""
+    """``solve_triangular(a, b)``: columns of ``b`` stay apart, or rows where it is not ``left``."""
     a, b = flow.of(node.tensor(0)), flow.of(node.tensor(1))
     rows, columns = b[-2:]
     for axis in (*a[-2:], rows if node.kwargs.get("left", True) else columns):
