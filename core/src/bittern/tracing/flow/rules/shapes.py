@@ -357,4 +357,5 @@ def unfold_backward(node: OpNode, flow: Flow) -> Axes:
     for axis in (axes[dim], window):
         axis.fix(f"a window slides over it ({flow.where(node)})")
     axes[dim] = Axis(node.out.shape[dim], fixed="data")
-    return tuple(axes)
+    sizes = zip(axes, node.out.shape, strict=True)
+    return tuple(axis if axis.size == n else Axis(n) for axis, n in sizes)
