@@ -300,6 +300,8 @@ def unify(one: Axis, two: Axis) -> bool:
     if a.kind is not Kind.LEAF and b.kind is Kind.LEAF:
         a, b = b, a
     if a.kind is Kind.LEAF:
+        if b.kind is Kind.LEAF and len(a.mark.normalized) > len(b.mark.normalized):
+            a, b = b, a  # the long list stays where it is: a stream has a norm in every block
         _inherit(b, a.mark)
         fits = True
     elif a.kind is Kind.PRODUCT and b.kind is Kind.PRODUCT:
