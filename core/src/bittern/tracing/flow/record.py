@@ -239,8 +239,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _spare(self, item: Any, *, written: bool) -> Any:
         """Return a copy of what a real run may overwrite.
 
-        Parameters, when an operator is about to write; buffers and other tensors of the model at
-        once, since it may be a view of them that is written.
+        Parameters, when an operator is about to write or to make a view that may be written; buffers
+        and other tensors of the model, which are small, at once.
         """
         known = self._stored.get(id(item)) if isinstance(item, Tensor) else None
         if known is None or (known.kind == "parameter" and not written):
@@ -277,7 +277,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args = tuple([self._swap(a) for a in args])
             kwargs = {k: self._swap(v) for k, v in kwargs.items()}
         else:
-            args = tuple([self._spare(a, written=func._schema.is_mutable) for a in args])
+            written = func._schema.is_mutable or func.is_view
+            args = tuple([self._spare(a, written=written) for a in args])
+            kwargs = {k: self._spare(v, written=written) for k, v in kwargs.items()}
         if takes_apart and not self._inside_leaf:
             with self:
                 made = func.decompose(*args, **kwargs)
