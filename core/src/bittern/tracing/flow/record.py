@@ -239,7 +239,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _spare(self, item: Any, *, written: bool) -> Any:
         """Return a copy of what a real run may overwrite.
 
-        Parameters, when an operator is about to write or to make a view that may be written; buffers
+        Parameters, when an operator is about to write or make a view that may be written; buffers
         and other tensors of the model, which are small, at once.
         """
         known = self._stored.get(id(item)) if isinstance(item, Tensor) else None
