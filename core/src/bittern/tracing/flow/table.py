@@ -15,9 +15,9 @@ _HERE = "bittern.tracing.flow.rules"
 
 _IDENTITY = """
 to _to_copy clone contiguous detach alias lift lift_fresh lift_fresh_copy type_as dropout
-feature_dropout alpha_dropout feature_alpha_dropout native_dropout requires_grad_ rename zero_ fill
-_conj conj conj_physical _conj_physical resolve_conj resolve_neg positive cpu cuda float double half
-bfloat16 _to_dense to_dense
+feature_dropout alpha_dropout feature_alpha_dropout native_dropout requires_grad_ zero_ fill
+_conj conj conj_physical _conj_physical resolve_conj resolve_neg positive cpu cuda
+_to_dense to_dense
 """
 
 _ELEMENTWISE = """
@@ -222,7 +222,7 @@ def _unmoved() -> Iterator[tuple[str, str, dict[str, object]]]:
         f"arange linspace logspace eye tril_indices triu_indices {windows}",
         {},
     )
-    some = "rand randn randint randperm rand_like randn_like randint_like _lift_fresh"
+    some = "rand randn randint randperm rand_like randn_like randint_like"
     yield "creation:data", some, {}
     mixed = " ".join(f"linalg_{name} _linalg_{name}" for name in _SOLVED.split())
     mixed += " cholesky cholesky_inverse cholesky_solve geqrf ormqr lu_unpack triangular_solve"
