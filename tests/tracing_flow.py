@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from bittern.registry import OpTable
 from bittern.tracing.flow import Axes, Axis, Flow, Kind, OpGraph, positions
 from bittern.tracing.flow.record import record
-from bittern.tracing.flow.table import op_rules
+from bittern.tracing.operators import op_rules
 
 __all__ = ["TABLE", "Call", "Claims", "claims", "near", "removal_errors", "violations"]
 

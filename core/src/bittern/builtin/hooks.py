@@ -70,7 +70,7 @@ def register_symbols() -> tuple[SymbolRule, ...]:
 @hookimpl
 def register_trace_ops() -> list[OpRule]:
     """The operators of ATen."""
-    from bittern.tracing.flow.table import op_rules
+    from bittern.tracing.operators import op_rules
 
     return op_rules()
 
