@@ -106,3 +106,20 @@ def test_convolutions_share_too(toolkit: Toolkit) -> None:
             return self.a(x) + self.b(x)
 
     assert toolkit.trace(Branches(), X).shared_inputs == (("a", "b"),)
+
+
+def test_packed_projections_that_read_one_memory_share_it(toolkit: Toolkit) -> None:
+    """torch's decoder layers cut keys and values out of one packed weight each."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True)
+            self.decoder = nn.TransformerDecoder(layer, 2)
+
+        def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+            return self.decoder(x, memory)
+
+    trace = toolkit.trace(Decoder().eval(), (torch.randn(1, 3, 8), torch.randn(1, 4, 8)))
+    names = tuple(f"decoder.layers.{i}.multihead_attn.in_proj_weight" for i in range(2))
+    assert names in trace.shared_inputs

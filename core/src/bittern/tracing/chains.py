@@ -59,7 +59,18 @@ MOVES = RENAMES | frozenset(
 )
 # The result holds some of the tensor's elements.
 _PARTS = frozenset(
-    ["select", "index", "index_select", "slice", "narrow", "split", "chunk", "unbind"]
+    [
+        "select",
+        "index",
+        "index_select",
+        "slice",
+        "narrow",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "chunk",
+        "unbind",
+    ]
 )
 
 # Which arguments an operator multiplies and sums: (activation, weight).
