@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from bittern.errors import PluginConflictError, PluginError
+from bittern.errors import PluginError
+from bittern.registry.precedence import best
 from bittern.registry.targets import target_of, why_dead
 
 __all__ = ["ANY", "ClassTable", "Match", "NoMatch"]
@@ -122,30 +123,15 @@ class ClassTable(Generic[R]):
                     continue
                 applicable.append(item)
             if applicable:
-                return self._best(applicable, target_of(base))
+                return Match(*best(applicable, f"claim {target_of(base)}"))
         predicates = [
             item
             for item in self._by_target.get(ANY, [])
             if _holds(item[0], item[1], module, bare=False)
         ]
         if predicates:
-            return self._best(predicates, target_of(own))
+            return Match(*best(predicates, f"claim {target_of(own)}"))
         return NoMatch(refused)
-
-    @staticmethod
-    def _best(items: list[tuple[R, str, bool]], target: str) -> Match[R]:
-        def rank(item: tuple[R, str, bool]) -> tuple[int, bool]:
-            return item[0].priority, not item[2]
-
-        top = max(rank(item) for item in items)
-        best = [item for item in items if rank(item) == top]
-        if len(best) > 1:
-            labels = " and ".join(sorted(item[1] for item in best))
-            raise PluginConflictError(
-                f"{labels} both claim {target} with priority {best[0][0].priority}",
-                hint="block one of them with BITTERN_DISABLE_PLUGINS, or raise one rule's priority",
-            )
-        return Match(best[0][0], best[0][1])
 
 
 def _holds(rule: ClassRule, plugin: str, module: object, *, bare: bool) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bittern.errors import PluginConflictError
 from bittern.records import OpRule
+from bittern.registry.precedence import best
 from bittern.registry.targets import resolve
 
 __all__ = ["OpMatch", "OpTable", "op_names"]
@@ -66,7 +66,7 @@ class OpTable:
         """
         if op not in self._found:
             items = next((self._rules[n] for n in op_names(op) if n in self._rules), None)
-            self._found[op] = None if items is None else self._best(items)
+            self._found[op] = None if items is None else self._match(items)
         return self._found[op]
 
     def knows(self, op: str) -> bool:
@@ -74,17 +74,6 @@ class OpTable:
         return self.find(op) is not None
 
     @staticmethod
-    def _best(items: list[tuple[OpRule, str, bool]]) -> OpMatch:
-        def rank(item: tuple[OpRule, str, bool]) -> tuple[int, bool]:
-            return item[0].priority, not item[2]
-
-        top = max(rank(item) for item in items)
-        best = [item for item in items if rank(item) == top]
-        if len(best) > 1:
-            labels = " and ".join(sorted(item[1] for item in best))
-            raise PluginConflictError(
-                f"{labels} both have a rule for the operator {best[0][0].op}",
-                hint="block one of them with BITTERN_DISABLE_PLUGINS, or raise one rule's priority",
-            )
-        rule, plugin, _ = best[0]
+    def _match(items: list[tuple[OpRule, str, bool]]) -> OpMatch:
+        rule, plugin = best(items, f"have a rule for the operator {items[0][0].op}")
         return OpMatch(resolve(rule.flow, plugin=plugin), rule.options, plugin)
