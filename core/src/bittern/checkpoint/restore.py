@@ -15,6 +15,7 @@ from bittern.checkpoint.save import AMAX
 from bittern.convert import convert, remember
 from bittern.errors import BitternError, CheckpointError
 from bittern.nn import named_quantizers, original_class
+from bittern.planning import slots_of
 from bittern.records import ModuleRule, Plan, PlanEntry, QuantizerSpec
 from bittern.registry import ClassTable, Match, Registry
 
@@ -108,7 +109,7 @@ def _plan(
         match = modules.find(module, original_class(module))
         if not isinstance(match, Match) or match.rule.quantized is None:
             raise _missing(entry, where)
-        slot = next((s for s in match.rule.slots if s.name == entry.slot), None)
+        slot = next((s for s in slots_of(match, module) if s.name == entry.slot), None)
         if slot is None:
             raise _missing(entry, where)
         try:

@@ -13,13 +13,23 @@ from torch import Tensor
 from bittern.errors import NumericsError
 from bittern.records import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, PerToken
 
-__all__ = ["amax", "as_blocks", "check_dtype", "expand_scale", "from_blocks", "scale_shape"]
+__all__ = [
+    "amax",
+    "as_blocks",
+    "block_dims",
+    "check_dtype",
+    "expand_scale",
+    "extremes",
+    "from_blocks",
+    "scale_shape",
+]
 
 
 def as_blocks(x: Tensor, granularity: Granularity) -> Tensor:
     """Return ``x`` as a view (a padded copy for partial groups) in which scales broadcast."""
     match granularity:
-        case PerGroup(size=size):
+        case PerGroup(size=size, axis=axis):
+            x = x.movedim(axis, -1)
             n = x.shape[-1]
             if n % size:
                 x = torch.nn.functional.pad(x, (0, size - n % size))
@@ -37,10 +47,12 @@ def as_blocks(x: Tensor, granularity: Granularity) -> Tensor:
 def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> Tensor:
     """Undo `as_blocks`: return a tensor of ``shape``, padding cut off."""
     match granularity:
-        case PerGroup():
+        case PerGroup(axis=axis):
             flat = blocks.flatten(-2)
-            padded = flat.shape[-1] != shape[-1]
-            return flat[..., : shape[-1]].contiguous() if padded else flat
+            size = shape[axis]
+            padded = flat.shape[-1] != size
+            flat = (flat[..., :size] if padded else flat).movedim(-1, axis)
+            return flat.contiguous() if padded else flat
         case PerBlock():
             flat = blocks.transpose(-3, -2).flatten(-2).flatten(-3, -2)
             padded = flat.shape != shape
@@ -52,12 +64,26 @@ def from_blocks(blocks: Tensor, granularity: Granularity, shape: torch.Size) -> 
 def expand_scale(scale: Tensor, granularity: Granularity) -> Tensor:
     """Return ``scale`` so that it broadcasts against `as_blocks` of its tensor."""
     match granularity:
-        case PerGroup():
-            return scale.unsqueeze(-1)
+        case PerGroup(axis=axis):
+            return scale.movedim(axis, -1).unsqueeze(-1)
         case PerBlock():
             return scale.unsqueeze(-1).unsqueeze(-1)
         case _:
             return scale
+
+
+def block_dims(granularity: Granularity, rank: int) -> tuple[int, ...]:
+    """Return the dimensions of `as_blocks` of a tensor of ``rank`` that share one scale."""
+    match granularity:
+        case PerTensor():
+            return tuple(range(rank))
+        case PerChannel(axes=axes):
+            keep = {axis % rank for axis in axes}
+            return tuple(dim for dim in range(rank) if dim not in keep)
+        case PerToken() | PerGroup():
+            return (-1,)
+        case PerBlock():
+            return (-2, -1)
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
@@ -70,13 +96,15 @@ def scale_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -
     match granularity:
         case PerTensor():
             return ()
-        case PerChannel(axis=axis):
-            keep = axis % len(shape)
-            return tuple(size if i == keep else 1 for i, size in enumerate(shape))
+        case PerChannel(axes=axes):
+            keep = {axis % len(shape) for axis in axes}
+            return tuple(size if i in keep else 1 for i, size in enumerate(shape))
         case PerToken():
             return (*shape[:-1], 1)
-        case PerGroup(size=size):
-            return (*shape[:-1], -(-shape[-1] // size))
+        case PerGroup(size=size, axis=axis):
+            grouped = list(shape)
+            grouped[axis] = -(-shape[axis] // size)
+            return tuple(grouped)
         case PerBlock(rows=rows, cols=cols):
             return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // cols))
 
@@ -95,20 +123,39 @@ def amax(x: Tensor, granularity: Granularity) -> Tensor:
     shape = scale_shape(x.shape, granularity)
     if x.numel() == 0:
         return torch.zeros(shape, dtype=torch.float32, device=x.device)
-    match granularity:
-        case PerTensor():
-            low, high = torch.aminmax(x)  # one pass, no temporary; abs().amax() makes one
-            return torch.maximum(low.abs(), high.abs()).float()
-        case PerChannel(axis=axis):
-            keep = axis % x.dim()
-            dims = tuple(i for i in range(x.dim()) if i != keep)
-            return x.abs().amax(dim=dims, keepdim=True).float() if dims else x.abs().float()
-        case PerToken():
-            return x.abs().amax(dim=-1, keepdim=True).float()
-        case PerGroup():
-            return as_blocks(x, granularity).abs().amax(dim=-1).float()
-        case PerBlock():
-            return as_blocks(x, granularity).abs().amax(dim=(-2, -1)).float()
+    if isinstance(granularity, PerTensor):
+        low, high = torch.aminmax(x)  # one pass, no temporary; abs().amax() makes one
+        return torch.maximum(low.abs(), high.abs()).float()
+    dims = block_dims(granularity, x.dim())
+    if not dims:
+        return x.abs().float()
+    values = as_blocks(x, granularity).abs().amax(dim=dims, keepdim=True)
+    return _as_scale(values, granularity).float()
+
+
+def extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value per scale, float32, 0 included in the range.
+
+    Args:
+        x: Any floating tensor. An empty one has the range 0 to 0.
+        granularity: Which elements share a scale.
+
+    Raises:
+        NumericsError: ``x`` is not a real floating tensor, or has too few dimensions.
+    """
+    check_dtype(x)
+    shape = scale_shape(x.shape, granularity)
+    if x.numel() == 0:
+        zero = torch.zeros(shape, dtype=torch.float32, device=x.device)
+        return zero, zero.clone()
+    blocks, dims = as_blocks(x, granularity), block_dims(granularity, x.dim())
+    if dims:
+        keep = dims != tuple(range(x.dim())) or not isinstance(granularity, PerTensor)
+        low, high = blocks.amin(dim=dims, keepdim=keep), blocks.amax(dim=dims, keepdim=keep)
+    else:
+        low = high = blocks
+    low, high = (_as_scale(v, granularity) for v in (low, high))
+    return low.float().clamp_max(0.0), high.float().clamp_min(0.0)
 
 
 def check_dtype(x: Tensor) -> None:
@@ -124,11 +171,24 @@ def check_dtype(x: Tensor) -> None:
         )
 
 
+def _as_scale(values: Tensor, granularity: Granularity) -> Tensor:
+    """Return what was reduced over `block_dims`, dimensions kept, in the shape of scales."""
+    match granularity:
+        case PerGroup(axis=axis):
+            return values.squeeze(-1).movedim(-1, axis)
+        case PerBlock():
+            return values.squeeze(-1).squeeze(-1)
+        case _:
+            return values
+
+
 def _check_rank(rank: int, granularity: Granularity) -> None:
     match granularity:
         case PerTensor():
             return
-        case PerChannel(axis=axis):
+        case PerChannel(axes=axes):
+            needed = max(axis + 1 if axis >= 0 else -axis for axis in axes)
+        case PerGroup(axis=axis):
             needed = axis + 1 if axis >= 0 else -axis
         case PerBlock():
             needed = 2

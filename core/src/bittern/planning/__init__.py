@@ -1,5 +1,5 @@
 """Who gets what, and why."""
 
-from bittern.planning.build import build_plan
+from bittern.planning.build import build_plan, slots_of
 
-__all__ = ["build_plan"]
+__all__ = ["build_plan", "slots_of"]

@@ -15,10 +15,10 @@ from bittern.nn import original_class
 from bittern.numerics import scale_shape
 from bittern.planning.match import Matcher
 from bittern.planning.specs import resolve_spec
-from bittern.records import ModelAdapter, ModuleRule, Plan, PlanEntry
-from bittern.registry import ClassTable, Match, NoMatch, Registry, nearest
+from bittern.records import ModelAdapter, ModuleRule, Plan, PlanEntry, Slot
+from bittern.registry import ClassTable, Match, NoMatch, Registry, nearest, resolve
 
-__all__ = ["build_plan"]
+__all__ = ["build_plan", "slots_of"]
 
 
 @dataclass
@@ -128,7 +128,7 @@ def build_plan(
         if found:
             entries.extend(found)
             classes[path] = match.rule.quantized
-            held = {slot.tensor for slot in match.rule.slots}
+            held = {slot.tensor for slot in slots_of(match, module)}
             warnings += [
                 f"{_at(path, name)} stays as it is: the rule of {match.plugin} for "
                 f"{match.rule.target} has no slot for it"
@@ -159,6 +159,18 @@ def build_plan(
         bytes_after=after,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def slots_of(match: Match[ModuleRule], module: nn.Module) -> tuple[Slot, ...]:
+    """Return the slots that a rule gives to a live module.
+
+    Raises:
+        PluginError: The rule's ``slots_from`` does not resolve.
+    """
+    if match.rule.slots_from is None:
+        return match.rule.slots
+    found: tuple[Slot, ...] = tuple(resolve(match.rule.slots_from, plugin=match.plugin)(module))
+    return found
 
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -219,15 +231,16 @@ def _entries(
     *,
     warnings: list[str],
 ) -> Iterator[PlanEntry]:
-    slots = {slot.name: slot for slot in match.rule.slots}
+    slots = {slot.name: slot for slot in slots_of(match, module)}
+    known = {*slots, *(slot.spoken for slot in slots.values())}
     for name, (spec, label) in wanted.items():
-        if name not in slots and spec is not None:
+        if name not in known and spec is not None:
             cls = original_class(module).__qualname__
             warnings.append(
                 f"{label}: {cls} has no slot {name!r} (it has {', '.join(slots)}); ignored there"
             )
     for name, slot in slots.items():
-        spec, label = wanted.get(name, (None, ""))
+        spec, label = wanted.get(name, wanted.get(slot.spoken, (None, "")))
         if spec is None:
             continue
         tensor = getattr(module, slot.tensor or name, None) if slot.kind == "weight" else None

@@ -7,7 +7,7 @@ from bittern.records.adapters import (
     ModelAdapter,
     ParallelState,
 )
-from bittern.records.formats import NumberFormat, QuantizerSpec
+from bittern.records.formats import Affine, NumberFormat, QuantizerSpec, Rotation
 from bittern.records.granularity import (
     Granularity,
     PerBlock,
@@ -30,6 +30,7 @@ from bittern.records.steps import Algorithm, Exporter, KernelRule, Mode, RecipeS
 from bittern.records.traces import Coverage, Fold, Group, Member
 
 __all__ = [
+    "Affine",
     "Algorithm",
     "CalibrationSummary",
     "CheckpointIO",
@@ -62,6 +63,7 @@ __all__ = [
     "PlanEntry",
     "QuantizerSpec",
     "RecipeSource",
+    "Rotation",
     "Slot",
     "SymbolRule",
     "Verification",

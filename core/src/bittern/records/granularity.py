@@ -21,12 +21,21 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale per index of ``axis``; the other dimensions stay as 1: ``(out, 1)`` for axis 0."""
+    """One scale per index of ``axis``; the other dimensions stay as 1: ``(out, 1)`` for axis 0.
 
-    axis: int = 0
+    Several axes keep them all: ``(0, 1)`` of stacked weights ``(experts, out, in)`` gives
+    ``(experts, out, 1)``.
+    """
+
+    axis: int | tuple[int, ...] = 0
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes that keep their size."""
+        return self.axis if isinstance(self.axis, tuple) else (self.axis,)
 
     def __str__(self) -> str:
-        return "channel" if self.axis == 0 else f"channel[{self.axis}]"
+        return "channel" if self.axis == 0 else f"channel[{','.join(map(str, self.axes))}]"
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,16 @@ class PerToken:
 
 @dataclass(frozen=True)
 class PerGroup:
-    """One scale per ``size`` consecutive elements of the last axis: ``(..., ceil(n / size))``."""
+    """One scale per ``size`` consecutive elements of ``axis``: ``(..., ceil(n / size))``.
+
+    Another axis than the last one is for weights stored input features first, ``(in, out)``.
+    """
 
     size: int
+    axis: int = -1
 
     def __str__(self) -> str:
-        return f"group[{self.size}]"
+        return f"group[{self.size}]" if self.axis == -1 else f"group[{self.size}, axis {self.axis}]"
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,30 @@ class Slot:
         kind: Whether the slot quantizes a parameter or an activation.
         tensor: Parameter name of a weight slot.
         channel_axis: Axis that ``PerChannel`` keeps.
+        role: What the recipe keys ``weight``, ``input`` and ``output`` take the slot for; by
+            default its name where it is one of the three, and ``weight`` for every weight. A
+            module with several weights (an LSTM, experts) has one slot each, and a recipe that
+            says ``weight: int8`` speaks of all of them.
+        group_axis: Axis along which ``PerGroup`` divides; the input features.
+        stacked: Whether the first axis stacks independent tensors (experts): each has scales of
+            its own. For an activation: whether its rows belong to experts, see
+            `bittern.nn.Experts`.
     """
 
     name: str
     kind: Literal["weight", "activation"] = "activation"
     tensor: str | None = None
     channel_axis: int = 0
+    role: Literal["weight", "input", "output"] | None = None
+    group_axis: int = -1
+    stacked: bool = False
+
+    @property
+    def spoken(self) -> str:
+        """The recipe key that speaks of the slot, besides its name."""
+        if self.role is not None:
+            return self.role
+        return "weight" if self.kind == "weight" else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +64,8 @@ class ModuleRule:
             the class in place; imported on the first match. ``None`` says that the class must not
             be converted, for the reason given.
         slots: The quantizer positions of ``quantized``.
+        slots_from: ``"package.module:function"`` that returns the slots of a live module, where
+            they depend on it (the layers of an LSTM); called when the plan is made.
         reason: Why the class must not be converted.
         subclass_forward: Whether the rule also takes subclasses that override ``forward``.
         priority: Decides between rules of the same closeness; higher wins.
@@ -57,6 +77,7 @@ class ModuleRule:
     target: str
     quantized: str | None
     slots: tuple[Slot, ...] = ()
+    slots_from: str | None = None
     reason: str = ""
     subclass_forward: bool = False
     priority: int = 0
@@ -64,7 +85,7 @@ class ModuleRule:
     like: str | None = None
 
     def __post_init__(self) -> None:
-        check_import_strings(self, "target", "quantized")
+        check_import_strings(self, "target", "quantized", "slots_from")
         check_class_name(self, "like")
         check_items(self, "slots", Slot)
         check_priority(self)

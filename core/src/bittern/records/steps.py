@@ -97,6 +97,8 @@ class KernelRule:
         formats: Names of the number formats it implements.
         dtypes: Names of the input dtypes it takes, for example ``"bfloat16"``.
         capability: Smallest CUDA capability, as ``(major, minor)``.
+        backend: A name. A rule with one is used only by quantizers whose spec names it, and need
+            not be exact: a numerics of your own, or an implementation with a price (a compiler).
         priority: Higher wins.
     """
 
@@ -106,6 +108,7 @@ class KernelRule:
     formats: tuple[str, ...]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     capability: tuple[int, int] | None = None
+    backend: str | None = None
     priority: int = 0
 
     def __post_init__(self) -> None:

@@ -45,8 +45,8 @@ def shapes(granularity: Granularity) -> st.SearchStrategy[tuple[int, ...]]:
     side = st.integers(1, 40)
     least = 1
     match granularity:
-        case PerChannel(axis=axis):
-            least = axis + 1 if axis >= 0 else -axis
+        case PerChannel(axes=axes):
+            least = max(axis + 1 if axis >= 0 else -axis for axis in axes)
         case PerBlock():
             least = 2
         case PerGroup(size=size):
