@@ -45,7 +45,7 @@ def register_modules() -> list[ModuleRule]:
 
 @hookimpl
 def register_formats() -> list[NumberFormat]:
-    return [NumberFormat(name="{name}", bits=8, codec="bittern.numerics.codec:IntCodec")]
+    return [NumberFormat(name="{name}", bits=8, codec="bittern.numerics.integers:IntCodec")]
 
 
 @hookimpl

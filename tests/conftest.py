@@ -67,12 +67,12 @@ def same_bits() -> Callable[[Tensor, Tensor], bool]:
 def _number_format(name: str) -> NumberFormat:
     if name.startswith("fp8"):
         dtype = {"fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}[name]
-        codec, params = "bittern.numerics.codec:FloatCodec", {"dtype": dtype}
+        codec, params = "bittern.numerics.floats:FloatCodec", {"dtype": dtype}
         return NumberFormat(name=name, bits=8, kind="float", codec=codec, params=params)
     bits, narrow = int(name[3:].removesuffix("n")), name.endswith("n")
     params = {"bits": bits, "narrow": narrow}
     return NumberFormat(
-        name=name, bits=bits, codec="bittern.numerics.codec:IntCodec", params=params
+        name=name, bits=bits, codec="bittern.numerics.integers:IntCodec", params=params
     )
 
 

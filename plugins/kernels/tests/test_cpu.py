@@ -128,7 +128,7 @@ def test_every_float8_value_midpoint_and_neighbour(dtype_name):
     inf = torch.full_like(points, float("inf"))
     near = [points, torch.nextafter(points, inf), torch.nextafter(points, -inf)]
     x = torch.cat([*near, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38])])
-    codec = "bittern.numerics.codec:FloatCodec"
+    codec = "bittern.numerics.floats:FloatCodec"
     params = {"dtype": dtype_name}
     number_format = NumberFormat(name="f", bits=8, kind="float", codec=codec, params=params)
     spec = QuantizerSpec(number_format, PerTensor())

@@ -21,7 +21,7 @@ from bittern.records import NumberFormat
 @hookimpl
 def register_formats():
     name = __name__.removesuffix("_hooks")
-    return [NumberFormat(name=name, bits=8, codec="bittern.numerics.codec:IntCodec",
+    return [NumberFormat(name=name, bits=8, codec="bittern.numerics.integers:IntCodec",
                          params={"bits": 8})]
 """
 

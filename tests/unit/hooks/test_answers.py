@@ -20,7 +20,7 @@ ToolkitWith = Callable[..., Toolkit]
 
 
 def number_format(name: str) -> NumberFormat:
-    return NumberFormat(name=name, bits=8, codec="bittern.numerics.codec:IntCodec")
+    return NumberFormat(name=name, bits=8, codec="bittern.numerics.integers:IntCodec")
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_a_record_of_a_plugins_own_subclass_is_welcome(
     class Special(NumberFormat):
         pass
 
-    special = Special(name="x", bits=8, codec="bittern.numerics.codec:IntCodec")
+    special = Special(name="x", bits=8, codec="bittern.numerics.integers:IntCodec")
     toolkit = toolkit_with(make_plugin("alpha", register_formats=lambda: [special]))
     assert toolkit.registry.formats.get("x") is special
 

@@ -23,7 +23,7 @@ ToolkitWith = Callable[..., Toolkit]
 
 
 def number_format(name: str) -> NumberFormat:
-    return NumberFormat(name=name, bits=8, codec="bittern.numerics.codec:IntCodec")
+    return NumberFormat(name=name, bits=8, codec="bittern.numerics.integers:IntCodec")
 
 
 def wrapping(name: str, function: Callable[..., Any], *, old: bool = False) -> ModuleType:

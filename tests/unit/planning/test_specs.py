@@ -101,7 +101,7 @@ def test_a_formats_own_input_granularity_is_taken_when_the_recipe_says_none() ->
     mx = NumberFormat(
         name="mx",
         bits=8,
-        codec="bittern.numerics.codec:IntCodec",
+        codec="bittern.numerics.integers:IntCodec",
         params={"bits": 8},
         input_granularity=PerGroup(32),
         weight_granularity=PerGroup(32),

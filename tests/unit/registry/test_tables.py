@@ -75,7 +75,7 @@ def test_a_plugins_format_replaces_cores_in_recipes(
     narrow = NumberFormat(
         name="int8",
         bits=8,
-        codec="bittern.numerics.codec:IntCodec",
+        codec="bittern.numerics.integers:IntCodec",
         params={"bits": 8, "narrow": True},
     )
     toolkit = toolkit_with(make_plugin("alpha", register_formats=lambda: [narrow]))

@@ -18,7 +18,7 @@ from bittern.testing import HookRecorder, PluginHarness, hooks_module
 
 
 def number_format(name: str) -> NumberFormat:
-    codec = "bittern.numerics.codec:IntCodec"
+    codec = "bittern.numerics.integers:IntCodec"
     return NumberFormat(name=name, bits=8, codec=codec, params={"bits": 8})
 
 
@@ -39,7 +39,7 @@ from bittern.records import NumberFormat
 
 @hookimpl
 def register_formats():
-    return [NumberFormat(name="teal8", bits=8, codec="bittern.numerics.codec:IntCodec",
+    return [NumberFormat(name="teal8", bits=8, codec="bittern.numerics.integers:IntCodec",
                          params={"bits": 8})]
 """
 

@@ -82,7 +82,7 @@ def register_formats() -> list[NumberFormat]:
         NumberFormat(
             name="int8",
             bits=8,
-            codec="bittern.numerics.codec:IntCodec",
+            codec="bittern.numerics.integers:IntCodec",
             params={"bits": 8},
             weight_granularity=PerChannel(0),
             description="8-bit integers; weights per channel, activations per tensor",
@@ -90,7 +90,7 @@ def register_formats() -> list[NumberFormat]:
         NumberFormat(
             name="int4",
             bits=4,
-            codec="bittern.numerics.codec:IntCodec",
+            codec="bittern.numerics.integers:IntCodec",
             params={"bits": 4},
             weight_granularity=PerGroup(128),
             description="4-bit integers in groups of 128",
@@ -99,7 +99,7 @@ def register_formats() -> list[NumberFormat]:
             name="fp8",
             bits=8,
             kind="float",
-            codec="bittern.numerics.codec:FloatCodec",
+            codec="bittern.numerics.floats:FloatCodec",
             params={"dtype": "float8_e4m3fn"},
             weight_granularity=PerTensor(),
             description="8-bit floats, e4m3 (largest value 448), per tensor",

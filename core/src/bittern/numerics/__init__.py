@@ -1,26 +1,26 @@
 """Pure functions of the number formats: the one rule of design/numerics.md."""
 
-from bittern.numerics.codec import Codec, FloatCodec, IntCodec, Scales, codec_of
+from bittern.numerics.codec import Codec, Scales, codec_of
+from bittern.numerics.floats import FloatCodec
+from bittern.numerics.integers import IntCodec
 from bittern.numerics.layout import amax, scale_shape
-from bittern.numerics.quantize import (
-    Quantized,
-    dequantize,
-    fake_quantize,
-    quantize,
-    scales_from_amax,
-)
+from bittern.numerics.quantize import Quantized, dequantize, fake_quantize, quantize
+from bittern.numerics.ranges import Range, measure, scales_for, scales_from_amax
 
 __all__ = [
     "Codec",
     "FloatCodec",
     "IntCodec",
     "Quantized",
+    "Range",
     "Scales",
     "amax",
     "codec_of",
     "dequantize",
     "fake_quantize",
+    "measure",
     "quantize",
     "scale_shape",
+    "scales_for",
     "scales_from_amax",
 ]

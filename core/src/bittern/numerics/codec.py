@@ -1,25 +1,27 @@
 """Codecs: the element grids of the number formats and their scales.
 
 A codec is pure: tensors in, tensors out, all arithmetic in float32. `quantize`, `dequantize` and
-`fake_quantize` (quantize.py) are written on top of it once for all formats.
+`fake_quantize` (quantize.py) are written on top of it once for all formats. This file holds what a
+codec is; the grids themselves are in integers.py, floats.py and their neighbors.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bittern.errors import NumericsError
+from bittern.errors import PluginError
 from bittern.records import NumberFormat
 from bittern.registry.targets import bound
 
-__all__ = ["Codec", "FloatCodec", "IntCodec", "Scales", "codec_of"]
+__all__ = ["SMALLEST", "Codec", "Scales", "codec_of", "linear_scale"]
 
 # Smallest positive float32; a scale that underflows is clamped to it, never 0 (numerics.md).
 SMALLEST = 2.0**-149
+LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -27,133 +29,89 @@ class Scales:
     """The scales of one tensor, float32, in the shape its granularity gives.
 
     Attributes:
-        scale: What one code step is worth.
+        scale: What one code step is worth; in a format of two levels, in units of the global scale.
+        zero_point: The code of 0 in an asymmetric format, an integer; the shape of ``scale``.
+        global_scale: The upper of two levels: ``()``, or ``(n, 1, ..)`` for ``n`` stacked tensors.
     """
 
     scale: Tensor
+    zero_point: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    @property
+    def step(self) -> Tensor:
+        """What one code step is worth: the product of both levels, never 0."""
+        if self.global_scale is None:
+            return self.scale
+        return (self.scale * self.global_scale).clamp_min(SMALLEST)
 
 
-class Codec(Protocol):
-    """The element grid of a number format, and how a scale follows from an amax.
+class Codec(ABC):
+    """The element grid of a number format, and how a scale follows from a range.
 
     Attributes:
         max_value: Largest magnitude of the grid that a scale maps ``amax`` to.
         storage: Dtype that holds one code.
+        signed: Whether the grid holds negative values.
+        asymmetric: Whether scales follow from both ends of a range (`scales_between`).
+        two_level: Whether block scales stand under one global scale (`global_scale`).
+        fitted: Whether a block has a second scale to choose from (`other_scale`); the one with the
+            smaller squared error wins, the first on a tie.
     """
 
     max_value: float
     storage: torch.dtype
+    signed: bool = True
+    asymmetric: bool = False
+    two_level: bool = False
+    fitted: bool = False
 
+    @abstractmethod
     def scales(self, amax: Tensor) -> Scales:
-        """Return the scales for an ``amax`` (float32, any shape)."""
-        ...
+        """Return the scales for an ``amax`` (float32, any shape); 1 where it is 0.
 
+        In a format of two levels ``amax`` is in units of the global scale.
+        """
+
+    @abstractmethod
     def round_(self, values: Tensor) -> Tensor:
-        """Clamp to the range and round onto the grid, ties to even, in place (float32)."""
-        ...
+        """Clamp to the range and round onto the grid, ties to even, in place (float32).
 
+        NaN stays NaN, and no result is -0.
+        """
+
+    @abstractmethod
     def store(self, values: Tensor) -> Tensor:
         """Return grid values as codes of ``storage``."""
-        ...
 
+    @abstractmethod
     def load(self, codes: Tensor) -> Tensor:
         """Return codes as float32 grid values."""
-        ...
+
+    def scales_between(self, low: Tensor, high: Tensor) -> Scales:
+        """Return the scales for a range ``low <= 0 <= high``, of an asymmetric format."""
+        raise NotImplementedError
+
+    def global_scale(self, amax: Tensor) -> Tensor:
+        """Return the global scale for the ``amax`` of a whole tensor, of a format of two levels."""
+        raise NotImplementedError
+
+    def other_scale(self, amax: Tensor) -> Tensor:
+        """Return the second scale for an ``amax``, of a fitted format."""
+        raise NotImplementedError
 
 
-def _linear_scale(amax: Tensor, max_value: float) -> Tensor:
-    """``amax / max_value``; 1 where amax is 0, so that codes and results are 0 there."""
+def linear_scale(amax: Tensor, max_value: float) -> Tensor:
+    """``amax / max_value``, such that ``max_value`` decodes to a finite number; 1 where amax is 0.
+
+    A NaN or infinite ``amax`` stays one.
+    """
     amax = amax.float()
     scale = (amax / max_value).clamp_min(SMALLEST)
+    # float32(amax / max) may be rounded up, so that max times it would be Inf for the largest amax
+    limit = torch.nextafter(torch.tensor(LARGEST / max_value), torch.tensor(0.0)).item()
+    scale = torch.where(amax <= LARGEST, scale.clamp_max(limit), scale)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
-
-
-@dataclass(frozen=True)
-class IntCodec:
-    """Integers ``[-2^(b-1), 2^(b-1)-1]``, scale ``amax / (2^(b-1)-1)`` (design: numerics.md).
-
-    Args:
-        bits: Bits of a code, 2 to 8.
-        narrow: Leave out the lowest code, so that the range is symmetric.
-    """
-
-    bits: int
-    narrow: bool = False
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise NumericsError(f"integers have 2 to 8 bits, not {self.bits}")
-
-    @property
-    def max_value(self) -> float:
-        """Largest code."""
-        return float(2 ** (self.bits - 1) - 1)
-
-    @property
-    def min_value(self) -> float:
-        """Smallest code."""
-        return -self.max_value if self.narrow else -self.max_value - 1
-
-    @property
-    def storage(self) -> torch.dtype:
-        """Codes are int8, one per element, whatever their bits."""
-        return torch.int8
-
-    def scales(self, amax: Tensor) -> Scales:
-        """Return ``amax / max_value``."""
-        return Scales(_linear_scale(amax, self.max_value))
-
-    def round_(self, values: Tensor) -> Tensor:
-        """Clamp and round to integers; adding 0 turns -0 into +0."""
-        return values.clamp_(self.min_value, self.max_value).round_().add_(0.0)
-
-    def store(self, values: Tensor) -> Tensor:
-        """Return the integers as int8."""
-        return values.to(torch.int8)
-
-    def load(self, codes: Tensor) -> Tensor:
-        """Return the integers as float32."""
-        return codes.float()
-
-
-@dataclass(frozen=True)
-class FloatCodec:
-    """A torch float8 grid, scale ``amax / max`` (OCP OFP8; subnormals kept, saturating).
-
-    Args:
-        dtype: Name of the torch dtype.
-    """
-
-    dtype: str = "float8_e4m3fn"
-
-    @property
-    def max_value(self) -> float:
-        """Largest finite value: 448 for e4m3fn, 57344 for e5m2."""
-        return float(torch.finfo(self.storage).max)
-
-    @property
-    def storage(self) -> torch.dtype:
-        """The float8 dtype itself."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
-
-    def scales(self, amax: Tensor) -> Scales:
-        """Return ``amax / max_value``."""
-        return Scales(_linear_scale(amax, self.max_value))
-
-    def round_(self, values: Tensor) -> Tensor:
-        """Clamp and round to the grid; adding 0 turns -0 into +0."""
-        limit = self.max_value
-        rounded = values.clamp_(-limit, limit).to(self.storage)
-        return values.copy_(rounded).add_(0.0)
-
-    def store(self, values: Tensor) -> Tensor:
-        """Return grid values in the float8 dtype (exact)."""
-        return values.to(self.storage)
-
-    def load(self, codes: Tensor) -> Tensor:
-        """Return float8 codes as float32 (exact)."""
-        return codes.float()
 
 
 # A plain dict, since torch.compile looks into it, and ignores functools.lru_cache.
@@ -166,10 +124,19 @@ def codec_of(number_format: NumberFormat, *, plugin: str = "bittern") -> Codec:
     Args:
         number_format: The format.
         plugin: Label of the plugin that registered it, for errors.
+
+    Raises:
+        PluginError: The factory does not resolve, or makes no `Codec`.
     """
     key = (number_format.codec, tuple(sorted(number_format.params.items())))
     codec = _CODECS.get(key)
     if codec is None:
-        make = bound(number_format.codec, plugin=plugin)
-        codec = _CODECS[key] = make(**number_format.params)
+        made = bound(number_format.codec, plugin=plugin)(**number_format.params)
+        if not isinstance(made, Codec):
+            raise PluginError(
+                f"plugin {plugin}: {number_format.codec} of the format {number_format.name} makes "
+                f"a {type(made).__name__}",
+                hint="derive the codec from bittern.numerics.Codec",
+            )
+        codec = _CODECS[key] = made
     return codec

@@ -16,6 +16,7 @@ from bittern.records import Granularity, PerBlock, PerChannel, PerGroup, PerTens
 __all__ = [
     "amax",
     "as_blocks",
+    "as_scale",
     "block_dims",
     "check_dtype",
     "expand_scale",
@@ -130,7 +131,7 @@ def amax(x: Tensor, granularity: Granularity) -> Tensor:
     if not dims:
         return x.abs().float()
     values = as_blocks(x, granularity).abs().amax(dim=dims, keepdim=True)
-    return _as_scale(values, granularity).float()
+    return as_scale(values, granularity).float()
 
 
 def extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
@@ -149,12 +150,9 @@ def extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
         zero = torch.zeros(shape, dtype=torch.float32, device=x.device)
         return zero, zero.clone()
     blocks, dims = as_blocks(x, granularity), block_dims(granularity, x.dim())
-    if dims:
-        keep = dims != tuple(range(x.dim())) or not isinstance(granularity, PerTensor)
-        low, high = blocks.amin(dim=dims, keepdim=keep), blocks.amax(dim=dims, keepdim=keep)
-    else:
-        low = high = blocks
-    low, high = (_as_scale(v, granularity) for v in (low, high))
+    low = blocks.amin(dim=dims, keepdim=True) if dims else blocks
+    high = blocks.amax(dim=dims, keepdim=True) if dims else blocks
+    low, high = (as_scale(v, granularity) for v in (low, high))
     return low.float().clamp_max(0.0), high.float().clamp_min(0.0)
 
 
@@ -171,13 +169,15 @@ def check_dtype(x: Tensor) -> None:
         )
 
 
-def _as_scale(values: Tensor, granularity: Granularity) -> Tensor:
+def as_scale(values: Tensor, granularity: Granularity) -> Tensor:
     """Return what was reduced over `block_dims`, dimensions kept, in the shape of scales."""
     match granularity:
         case PerGroup(axis=axis):
             return values.squeeze(-1).movedim(-1, axis)
         case PerBlock():
             return values.squeeze(-1).squeeze(-1)
+        case PerTensor():
+            return values.reshape(())
         case _:
             return values
 

@@ -13,17 +13,11 @@ from torch import Tensor
 
 from bittern.errors import NumericsError
 from bittern.numerics.codec import Scales, codec_of
-from bittern.numerics.layout import (
-    amax,
-    as_blocks,
-    check_dtype,
-    expand_scale,
-    from_blocks,
-    scale_shape,
-)
+from bittern.numerics.layout import as_blocks, check_dtype, expand_scale, from_blocks
+from bittern.numerics.ranges import check_scales, measure, scales_for
 from bittern.records import QuantizerSpec
 
-__all__ = ["Quantized", "dequantize", "fake_quantize", "quantize", "scales_from_amax"]
+__all__ = ["Quantized", "dequantize", "fake_quantize", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -43,81 +37,113 @@ class Quantized:
     dtype: torch.dtype
 
 
-def scales_from_amax(values: Tensor, spec: QuantizerSpec) -> Scales:
-    """Return the scales that the format's rule gives for an amax."""
-    return codec_of(spec.format).scales(values)
-
-
-def fake_quantize(x: Tensor, spec: QuantizerSpec, scales: Scales | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    spec: QuantizerSpec,
+    scales: Scales | None = None,
+    *,
+    global_scale: Tensor | None = None,
+) -> Tensor:
     """Round ``x`` to what its quantized form decodes to.
 
     Args:
         x: Floating tensor of any shape.
         spec: Format and granularity.
         scales: Static scales; ``None`` computes them from ``x``.
+        global_scale: The static upper level of a format of two levels, whose block scales are
+            computed from ``x``.
 
     Returns:
-        A tensor like ``x``. NaN propagates; values beyond the range saturate.
+        A tensor like ``x``. NaN and Inf propagate (as NaN); finite values beyond the range
+        saturate.
 
     Raises:
-        NumericsError: ``x`` is not floating, or the scales do not fit its shape.
+        NumericsError: ``x`` is not floating, or negative in an unsigned format, or the scales do
+            not fit its shape.
     """
     check_dtype(x)
     if x.numel() == 0:
         return x.clone()
     codec = codec_of(spec.format)
-    values, scale = _grid_values(x, spec, scales)
-    result = codec.round_(values).mul_(scale)
-    return from_blocks(result, spec.granularity, x.shape).to(x.dtype)
+    if not codec.signed and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_sign(x, spec)  # elsewhere the check would wait for the device
+    blocks, found = _blocks_and_scales(x, spec, scales, global_scale)
+    step = expand_scale(found.step, spec.granularity)
+    values = blocks / step
+    if found.zero_point is not None:
+        zero = expand_scale(found.zero_point, spec.granularity)
+        values = codec.round_(values.round_().add_(zero)).sub_(zero)
+    else:
+        values = codec.round_(values)
+    # 0 * x adds nothing to a finite result, and keeps the Inf that clamping took away as NaN
+    values = values.mul_(step).add_(blocks, alpha=0)
+    return from_blocks(values, spec.granularity, x.shape).to(x.dtype)
 
 
-def quantize(x: Tensor, spec: QuantizerSpec, scales: Scales | None = None) -> Quantized:
+def quantize(
+    x: Tensor,
+    spec: QuantizerSpec,
+    scales: Scales | None = None,
+    *,
+    global_scale: Tensor | None = None,
+) -> Quantized:
     """Quantize ``x`` to codes.
 
     Args:
         x: Floating tensor of any shape, finite.
         spec: Format and granularity.
         scales: Static scales; ``None`` computes them from ``x``.
+        global_scale: As for `fake_quantize`.
 
     Raises:
-        NumericsError: ``x`` holds NaN or Inf, which no code stands for, is not floating, or the
-            scales do not fit its shape.
+        NumericsError: ``x`` holds NaN or Inf, which no code stands for, is not floating, or
+            negative in an unsigned format, or the scales do not fit its shape.
     """
     check_dtype(x)
     # float64 goes through float32, where it may be too large
     if not bool(torch.isfinite(x.float() if x.dtype == torch.float64 else x).all()):
         raise NumericsError("cannot pack a tensor with NaN or Inf", hint="check the checkpoint")
     codec = codec_of(spec.format)
-    if scales is None:
-        scales = codec.scales(amax(x, spec.granularity))
+    if not codec.signed:
+        _check_sign(x, spec)
+    blocks, found = _blocks_and_scales(x, spec, scales, global_scale)
     if x.numel() == 0:
-        return Quantized(torch.empty_like(x, dtype=codec.storage), scales, spec, x.dtype)
-    values, _ = _grid_values(x, spec, scales)
+        return Quantized(torch.empty_like(x, dtype=codec.storage), found, spec, x.dtype)
+    values = blocks / expand_scale(found.step, spec.granularity)
+    if found.zero_point is not None:
+        values = values.round_().add_(expand_scale(found.zero_point, spec.granularity))
     codes = from_blocks(codec.store(codec.round_(values)), spec.granularity, x.shape)
-    return Quantized(codes.contiguous(), scales, spec, x.dtype)
+    return Quantized(codes.contiguous(), found, spec, x.dtype)
 
 
 def dequantize(quantized: Quantized) -> Tensor:
     """Return the values that the codes stand for, in the original dtype."""
-    spec = quantized.spec
+    spec, scales = quantized.spec, quantized.scales
     if quantized.codes.numel() == 0:
         return torch.empty_like(quantized.codes, dtype=quantized.dtype)
     codec = codec_of(spec.format)
     # Load before padding: torch pads no float8 tensor.
     values = as_blocks(codec.load(quantized.codes), spec.granularity)
-    result = values * expand_scale(quantized.scales.scale, spec.granularity)
+    if scales.zero_point is not None:
+        values = values - expand_scale(scales.zero_point, spec.granularity)
+    result = values * expand_scale(scales.step, spec.granularity)
     return from_blocks(result, spec.granularity, quantized.codes.shape).to(quantized.dtype)
 
 
-def _grid_values(x: Tensor, spec: QuantizerSpec, scales: Scales | None) -> tuple[Tensor, Tensor]:
-    """Return ``x / scale`` as a fresh float32 tensor in block layout, and the scale for it."""
+def _blocks_and_scales(
+    x: Tensor, spec: QuantizerSpec, scales: Scales | None, global_scale: Tensor | None
+) -> tuple[Tensor, Scales]:
+    """Return ``x`` in float32 and block layout, and its complete scales."""
     if scales is None:
-        scales = codec_of(spec.format).scales(amax(x, spec.granularity))
-    elif scales.scale.shape != scale_shape(x.shape, spec.granularity):
+        scales = scales_for(measure(x, spec), spec, x, global_scale=global_scale)
+    else:
+        check_scales(x, spec, scales)
+    return as_blocks(x.float(), spec.granularity), scales
+
+
+def _check_sign(x: Tensor, spec: QuantizerSpec) -> None:
+    if x.numel() and bool((x < 0).any()):
         raise NumericsError(
-            f"scales of shape {tuple(scales.scale.shape)} do not fit a tensor of shape "
-            f"{tuple(x.shape)} with granularity {spec.granularity}",
-            hint="calibrate again with data of this shape, or use dynamic scales",
+            f"{spec.format.name} holds no negative numbers, and the tensor does",
+            hint="use a signed format, or an asymmetric one",
         )
-    scale = expand_scale(scales.scale, spec.granularity)
-    return as_blocks(x.float(), spec.granularity) / scale, scale

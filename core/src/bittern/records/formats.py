@@ -28,8 +28,8 @@ class NumberFormat:
     Attributes:
         name: The name in recipes, for example ``"int8"``.
         bits: Bits of one element code.
-        codec: ``"package.module:factory"``; called with ``**params`` it returns an object with the
-            methods of `bittern.numerics.codec.Codec`. Resolved on first use.
+        codec: ``"package.module:factory"``; called with ``**params`` it returns a
+            `bittern.numerics.Codec`. Resolved on first use.
         params: Keyword arguments of the factory.
         kind: ``"int"`` or ``"float"``; what exporters write as the element type.
         scale_bits: Bits of one stored scale.

@@ -1,0 +1,146 @@
+"""Ranges of tensors, and the scales that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bittern.errors import NumericsError
+from bittern.numerics.codec import Codec, Scales, codec_of
+from bittern.numerics.layout import (
+    amax,
+    as_blocks,
+    as_scale,
+    block_dims,
+    expand_scale,
+    extremes,
+    scale_shape,
+)
+from bittern.records import PerChannel, PerTensor, QuantizerSpec
+
+__all__ = ["Range", "check_scales", "measure", "scales_for", "scales_from_amax"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """What the scales of a tensor follow from, float32.
+
+    Attributes:
+        amax: Largest magnitude per scale, in the granularity's shape; with ``amin``, the largest
+            value.
+        amin: Smallest value per scale, never positive; asymmetric formats only.
+        global_amax: Largest magnitude of the whole tensor: ``()``, or ``(n, 1, ..)`` for ``n``
+            stacked tensors; formats of two levels only.
+    """
+
+    amax: Tensor
+    amin: Tensor | None = None
+    global_amax: Tensor | None = None
+
+
+def measure(x: Tensor, spec: QuantizerSpec) -> Range:
+    """Return the range of a tensor, as far as its format needs it.
+
+    Args:
+        x: Floating tensor.
+        spec: Format and granularity.
+
+    Raises:
+        NumericsError: ``x`` is not a real floating tensor, or has too few dimensions.
+    """
+    codec = codec_of(spec.format)
+    if codec.asymmetric:
+        low, high = extremes(x, spec.granularity)
+        return Range(high, amin=low)
+    values = amax(x, spec.granularity)
+    return Range(values, global_amax=global_amax(x, spec) if codec.two_level else None)
+
+
+def global_amax(x: Tensor, spec: QuantizerSpec) -> Tensor:
+    """Return the largest magnitude of a tensor, or of each that it stacks."""
+    return amax(x, PerChannel(0) if spec.stacked else PerTensor())
+
+
+def scales_for(
+    values: Range,
+    spec: QuantizerSpec,
+    x: Tensor | None = None,
+    *,
+    global_scale: Tensor | None = None,
+) -> Scales:
+    """Return the scales that the format's rule gives for a range.
+
+    Args:
+        values: The range.
+        spec: Format and granularity.
+        x: The tensor itself. Formats that choose between two scales per block (``Codec.fitted``)
+            look at the rounding errors; without it they take the first.
+        global_scale: A given upper level for formats of two; by default it follows from
+            ``global_amax``, or from the largest ``amax``.
+
+    Raises:
+        NumericsError: An asymmetric format, and no ``amin``.
+    """
+    codec = codec_of(spec.format)
+    if codec.asymmetric:
+        if values.amin is None:
+            raise NumericsError(
+                f"{spec.format.name} is asymmetric: it needs both ends of a range",
+                hint="give Range(amax=..., amin=...), or use a symmetric format",
+            )
+        return codec.scales_between(values.amin, values.amax)
+    if not codec.two_level:
+        scales = codec.scales(values.amax)
+        return scales if x is None or not codec.fitted else _fit(x, values.amax, spec, scales)
+    if global_scale is None:
+        largest = values.global_amax
+        if largest is None:
+            largest = global_amax(values.amax, spec)
+        global_scale = codec.global_scale(largest.float())
+    relative = values.amax.float() / global_scale
+    found = Scales(codec.scales(relative).scale, global_scale=global_scale)
+    return found if x is None or not codec.fitted else _fit(x, relative, spec, found)
+
+
+def scales_from_amax(values: Tensor, spec: QuantizerSpec) -> Scales:
+    """Return the scales that the format's rule gives for an amax."""
+    return scales_for(Range(values), spec)
+
+
+def check_scales(x: Tensor, spec: QuantizerSpec, scales: Scales) -> None:
+    """Raise unless static scales fit a tensor.
+
+    Raises:
+        NumericsError: Their shape is another.
+    """
+    if scales.scale.shape != scale_shape(x.shape, spec.granularity):
+        raise NumericsError(
+            f"scales of shape {tuple(scales.scale.shape)} do not fit a tensor of shape "
+            f"{tuple(x.shape)} with granularity {spec.granularity}",
+            hint="calibrate again with data of this shape, or use dynamic scales",
+        )
+
+
+def _fit(x: Tensor, values: Tensor, spec: QuantizerSpec, first: Scales) -> Scales:
+    """Return per block the scale with the smaller squared error."""
+    codec = codec_of(spec.format)
+    second = Scales(codec.other_scale(values), global_scale=first.global_scale)
+    blocks = as_blocks(x.float(), spec.granularity)
+    errors = [_error(blocks, scales.step, codec, spec) for scales in (first, second)]
+    scale = torch.where(errors[1] < errors[0], second.scale, first.scale)
+    return Scales(scale, global_scale=first.global_scale)
+
+
+def _error(blocks: Tensor, step: Tensor, codec: Codec, spec: QuantizerSpec) -> Tensor:
+    """Return the sum of squared rounding errors per scale, in units of the largest magnitude.
+
+    Without the units, the squares of tiny and huge numbers would be 0 and Inf.
+    """
+    wide = expand_scale(step, spec.granularity)
+    unit = blocks.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    error = (codec.round_(blocks / wide) * wide - blocks) / unit
+    dims = block_dims(spec.granularity, blocks.dim())
+    total = error.square_().sum(dim=dims, keepdim=True) if dims else error
+    return as_scale(total, spec.granularity)
