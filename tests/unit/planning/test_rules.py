@@ -188,7 +188,7 @@ class Dense(nn.Module):
 @pytest.fixture
 def dense_plan(toolkit: Toolkit) -> Callable[..., Plan]:
     """Plans a Dense and a Linear, with a plugin's rule for Dense."""
-    from bittern.builtin.hooks import INPUT, WEIGHT
+    from bittern.builtin.modules import INPUT, WEIGHT
 
     def make(recipe: Any, **options: Any) -> Plan:
         rule = ModuleRule(

@@ -198,7 +198,7 @@ def test_a_rule_without_a_class_refuses_with_its_reason(
 def test_rules_of_a_live_model_are_added_for_that_model_only(
     make_plugin: Callable[..., Any], toolkit_with: Callable[..., Toolkit]
 ) -> None:
-    from bittern.builtin.hooks import INPUT, OUTPUT, WEIGHT
+    from bittern.builtin.modules import INPUT, OUTPUT, WEIGHT
 
     class Remote(nn.Linear):
         def forward(self, input: Any) -> Any:

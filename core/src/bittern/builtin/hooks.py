@@ -5,58 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from bittern.builtin.attention import ATTENTION_RULES
+from bittern.builtin.modules import MODULE_RULES
 from bittern.hooks import hookimpl
 from bittern.records import (
     Algorithm,
     Exporter,
-    ModuleRule,
     NumberFormat,
     PerChannel,
     PerGroup,
     PerTensor,
     RecipeSource,
-    Slot,
 )
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from bittern.records import OpRule, Plan, SymbolRule
-
-INPUT = Slot("input", channel_axis=-1)
-OUTPUT = Slot("output", channel_axis=-1)
-WEIGHT = Slot("weight", kind="weight", tensor="weight", channel_axis=0)
+    from bittern.records import ModuleRule, OpRule, Plan, SymbolRule
 
 
 @hookimpl
-def register_modules() -> list[ModuleRule]:
-    """Linear, Embedding, Conv1d to Conv3d."""
-    convs = [
-        ModuleRule(
-            target=f"torch.nn.modules.conv:Conv{n}d",
-            quantized=f"bittern.nn.conv:QuantConv{n}d",
-            slots=(WEIGHT, Slot("input", channel_axis=1), Slot("output", channel_axis=1)),
-        )
-        for n in (1, 2, 3)
-    ]
-    return [
-        ModuleRule(
-            target="torch.nn.modules.linear:Linear",
-            quantized="bittern.nn.linear:QuantLinear",
-            slots=(WEIGHT, INPUT, OUTPUT),
-        ),
-        ModuleRule(
-            target="torch.nn.modules.linear:NonDynamicallyQuantizableLinear",
-            quantized=None,
-            reason="nn.MultiheadAttention reads its weight without calling it",
-        ),
-        ModuleRule(
-            target="torch.nn.modules.sparse:Embedding",
-            quantized="bittern.nn.linear:QuantEmbedding",
-            slots=(WEIGHT, OUTPUT),
-        ),
-        *convs,
-    ]
+def register_modules() -> tuple[ModuleRule, ...]:
+    """The layers of torch.nn that hold weights, and those that can quantize what goes through."""
+    return (*MODULE_RULES, *ATTENTION_RULES)
 
 
 @hookimpl
