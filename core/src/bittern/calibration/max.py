@@ -7,17 +7,19 @@ pass runs the unquantized model, and only when the plan has static activation qu
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from torch import nn
 
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.observe import observe_max
+from bittern.calibration.shared import share_ranges
 from bittern.errors import CalibrationError, NumericsError
-from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules, named_quantizers
+from bittern.nn import TensorQuantizer, named_quant_modules, named_quantizers
 from bittern.numerics import amax
 from bittern.records import Plan
 
-__all__ = ["run_max"]
+__all__ = ["activations_at_max", "run_max", "static_activations"]
 
 
 def run_max(
@@ -36,7 +38,7 @@ def run_max(
     """
     _weights(model, context)
     if forward is not None and plan.needs_data:
-        _activations(model, forward, context)
+        activations_at_max(model, static_activations(model), forward, context)
 
 
 def _weights(model: nn.Module, context: CalibrationContext) -> None:
@@ -63,39 +65,30 @@ def _weights(model: nn.Module, context: CalibrationContext) -> None:
                     ) from error
 
 
-def _activations(model: nn.Module, forward: Forward, context: CalibrationContext) -> None:
-    static = {
-        name: (q, q.spec.granularity)
-        for name, q in named_quantizers(model)
-        if q.tensor is None and not q.spec.dynamic
-    }
-    found = observe_max(model, static, forward, context)
-    for name, value in found.items():
-        if value is not None:
-            static[name][0].set_amax(value)
-    _share(model, context)
+def static_activations(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """Return the activation quantizers that data has to calibrate, by name."""
+    return {n: q for n, q in named_quantizers(model) if q.tensor is None and not q.spec.dynamic}
 
 
-def _share(model: nn.Module, context: CalibrationContext) -> None:
-    """Give the inputs that are one tensor one range.
+def activations_at_max(
+    model: nn.Module,
+    quantizers: Mapping[str, TensorQuantizer],
+    forward: Forward,
+    context: CalibrationContext,
+) -> None:
+    """Run the data once and give each quantizer the largest magnitude it saw.
 
-    They saw the same data, but not always through the same batches: experts, skipped layers.
+    Args:
+        model: The converted model.
+        quantizers: Static activation quantizers by name.
+        forward: Runs the data.
+        context: Services.
+
+    Raises:
+        CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
     """
-    trace = context.trace()
-    for group in trace.shared_inputs if trace is not None else ():
-        inputs = [q for name in group if (q := _input(model, name)) is not None]
-        for one in inputs:
-            own = one.amax
-            if own is None:
-                continue
-            alike = (q.amax for q in inputs if q.spec == one.spec and q.amax is not None)
-            same = [amax.to(own.device) for amax in alike if amax.shape == own.shape]
-            one.set_amax(torch.stack(same).amax(0))
-
-
-def _input(model: nn.Module, name: str) -> TensorQuantizer | None:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:  # a tensor of a module with several
-        return None
-    return module.quantizer("input") if isinstance(module, QuantModule) else None
+    watched = {name: (q, q.spec.granularity) for name, q in quantizers.items()}
+    for name, value in observe_max(model, watched, forward, context).items():
+        if value is not None:
+            quantizers[name].set_amax(value)
+    share_ranges(model, context)
