@@ -1,4 +1,4 @@
-"""One data pass that collects the largest magnitudes of what quantizers see."""
+"""One data pass that collects statistics of what quantizers see."""
 
 from __future__ import annotations
 
@@ -11,10 +11,50 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.reduce import reduce_max
 from bittern.errors import CalibrationError
 from bittern.nn import TensorQuantizer, named_quantizers
-from bittern.nn.observer import MaxObserver
+from bittern.nn.observer import MaxObserver, Observer
 from bittern.records import Granularity
 
-__all__ = ["observe_max"]
+__all__ = ["observe", "observe_max"]
+
+
+def observe(
+    model: nn.Module,
+    observers: Mapping[str, tuple[TensorQuantizer, Observer]],
+    forward: Forward,
+) -> CalibrationError | None:
+    """Run the unquantized model over the data while the observers look.
+
+    Args:
+        model: The converted model.
+        observers: Name to an activation quantizer and what collects its statistics.
+        forward: Runs the data.
+
+    Returns:
+        What to raise once all ranks know of it: NaN or Inf in an activation; names the quantizer
+        and the batch.
+    """
+    were_on = [q for _, q in named_quantizers(model) if q.enabled]
+    try:
+        for quantizer in were_on:  # statistics are those of the unquantized model
+            quantizer.enabled = False
+        for quantizer, observer in observers.values():
+            quantizer.observer = observer
+        forward()
+    finally:
+        for quantizer, _ in observers.values():
+            quantizer.observer = None
+        for quantizer in were_on:
+            quantizer.enabled = True
+    for quantizer, observer in observers.values():
+        bad = observer.first_bad_batch()
+        if bad is not None:
+            return CalibrationError(
+                f"the activations hold NaN or Inf in batch {bad}",
+                where=quantizer.name,
+                hint="run that batch through the unquantized model in a wider dtype "
+                "(--dtype float32), or leave it out",
+            )
+    return None
 
 
 def observe_max(
@@ -37,32 +77,12 @@ def observe_max(
     Raises:
         CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
     """
-    were_on = [q for _, q in named_quantizers(model) if q.enabled]
-    try:
-        for quantizer in were_on:  # statistics are those of the unquantized model
-            quantizer.enabled = False
-        for quantizer, granularity in watched.values():
-            quantizer.observer = MaxObserver(granularity, context.shared, name=quantizer.name)
-        forward()
-        observed = {name: (q, q.observer) for name, (q, _) in watched.items()}
-    finally:
-        for quantizer, _ in watched.values():
-            quantizer.observer = None
-        for quantizer in were_on:
-            quantizer.enabled = True
-    found: dict[str, Tensor | None] = {}
-    problem: CalibrationError | None = None
-    for name, (quantizer, observer) in observed.items():
-        assert observer is not None
-        bad = observer.first_bad_batch()
-        if bad is not None and problem is None:
-            problem = CalibrationError(
-                f"the activations hold NaN or Inf in batch {bad}",
-                where=quantizer.name,
-                hint="run that batch through the unquantized model in a wider dtype "
-                "(--dtype float32), or leave it out",
-            )
-        found[name] = observer.result()
+    observers = {
+        name: (quantizer, MaxObserver(granularity, context.shared, name=quantizer.name))
+        for name, (quantizer, granularity) in watched.items()
+    }
+    problem = observe(model, observers, forward)
+    found = {name: observer.result() for name, (_, observer) in observers.items()}
     reduced = reduce_max(found, problem)
     return {
         name: None if value is None else value.to(_device(found[name], value))

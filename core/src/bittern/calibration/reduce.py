@@ -7,7 +7,7 @@ met an error says so wherever the others wait for it, so that all ranks stop, no
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 from bittern.errors import BitternError, CalibrationError
 
-__all__ = ["RankError", "agree", "reduce_max"]
+__all__ = ["RankError", "agree", "reduce_max", "reduce_sum"]
 
 log = logging.getLogger("bittern.calibration")
 
@@ -99,9 +99,7 @@ def reduce_max(
                 )
     if not common:
         return dict(values)
-    device = next((v.device for v in values.values() if v is not None), torch.device("cpu"))
-    if dist.get_backend() == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _device(v for v in values.values() if v is not None)
     parts: list[Tensor] = []
     for name, shape in common.items():
         value = values[name]
@@ -112,3 +110,28 @@ def reduce_max(
     pieces = torch.split(flat, [part.numel() for part in parts])
     reduced = {n: p.reshape(s) for (n, s), p in zip(common.items(), pieces, strict=True)}
     return {name: reduced.get(name) for name in values}
+
+
+def reduce_sum(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the elementwise sum over all ranks; in one process, the values themselves.
+
+    Args:
+        values: Name to counts; names, shapes and dtypes are those of the other ranks, which
+            `reduce_max` has made sure of.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return dict(values)
+    device = _device(values.values())
+    reduced: dict[str, Tensor] = {}
+    for name, value in values.items():  # one by one: all of them may be large
+        total = value.to(device, copy=True)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        reduced[name] = total.to(value.device)
+    return reduced
+
+
+def _device(values: Iterable[Tensor]) -> torch.device:
+    """Return where the ranks' backend takes tensors from."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return next((value.device for value in values), torch.device("cpu"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +16,22 @@ from bittern.records import Granularity
 
 __all__ = ["MaxObserver", "Observer", "SharedInputs"]
 
+T = TypeVar("T")
+
+
+@dataclass
+class _Seen:
+    """What is known about one tensor, as long as it is not written to."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    values: dict[Hashable, Any] = field(default_factory=dict)
+
 
 class SharedInputs:
-    """Remembers the amax of tensors just seen, so that q/k/v reduce their shared input once.
+    """Remembers statistics of tensors just seen, so that q/k/v reduce their shared input once.
 
-    One instance serves all quantizers during a calibration. A remembered amax is used only for the
+    One instance serves all quantizers during a calibration. What is remembered is used only for the
     very same tensor object with no write in between; tensors without a version counter (made under
     ``inference_mode``) are never remembered. Only the last few tensors are kept: consumers of one
     input run close together.
@@ -30,19 +43,31 @@ class SharedInputs:
     def __init__(self, *, remember: int = 4) -> None:
         self.batch = 0
         self._remember = remember
-        self._seen: list[tuple[weakref.ref[Tensor], int, Granularity, Tensor]] = []
+        self._seen: list[_Seen] = []
 
     def amax(self, x: Tensor, granularity: Granularity) -> Tensor:
         """Return ``amax(x, granularity)``, computed at most once per tensor."""
+        return self.once(x, ("amax", granularity), lambda: amax(x, granularity))
+
+    def once(self, x: Tensor, kind: Hashable, compute: Callable[[], T]) -> T:
+        """Return a statistic of ``x``, computed at most once per tensor.
+
+        Args:
+            x: The tensor.
+            kind: Which statistic, with all its parameters.
+            compute: Computes it.
+        """
         if x.is_inference():
-            return amax(x, granularity)
-        for reference, version, kind, value in self._seen:
-            if reference() is x and version == x._version and kind == granularity:
-                return value
-        value = amax(x, granularity)
-        self._seen.append((weakref.ref(x), x._version, granularity, value))
-        if len(self._seen) > self._remember:
-            del self._seen[0]
+            return compute()
+        known = next((s for s in self._seen if s.tensor() is x and s.version == x._version), None)
+        if known is None:
+            known = _Seen(weakref.ref(x), x._version)
+            self._seen.append(known)
+            if len(self._seen) > self._remember:
+                del self._seen[0]
+        if kind not in known.values:
+            known.values[kind] = compute()
+        value: T = known.values[kind]
         return value
 
 
@@ -51,10 +76,6 @@ class Observer(Protocol):
 
     def observe(self, x: Tensor) -> None:
         """Take in one tensor."""
-        ...
-
-    def result(self) -> Tensor | None:
-        """Return the amax, ``None`` if no tensor was seen."""
         ...
 
     def first_bad_batch(self) -> int | None:
