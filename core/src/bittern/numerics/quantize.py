@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bittern.errors import NumericsError
+from bittern.numerics.chunked import Function, in_chunks, worth_chunks
 from bittern.numerics.codec import Scales, codec_of
-from bittern.numerics.layout import as_blocks, check_dtype, expand_scale, from_blocks
-from bittern.numerics.ranges import check_scales, measure, scales_for
-from bittern.records import QuantizerSpec
+from bittern.numerics.layout import amax, as_blocks, check_dtype, expand_scale, from_blocks
+from bittern.numerics.ranges import Range, check_scales, global_amax, measure, scales_for
+from bittern.records import PerTensor, QuantizerSpec
 
 __all__ = ["Quantized", "dequantize", "fake_quantize", "quantize"]
 
@@ -64,20 +65,7 @@ def fake_quantize(
     check_dtype(x)
     if x.numel() == 0:
         return x.clone()
-    codec = codec_of(spec.format)
-    if not codec.signed and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_sign(x, spec)  # elsewhere the check would wait for the device
-    blocks, found = _blocks_and_scales(x, spec, scales, global_scale)
-    step = expand_scale(found.step, spec.granularity)
-    values = blocks / step
-    if found.zero_point is not None:
-        zero = expand_scale(found.zero_point, spec.granularity)
-        values = codec.round_(values.round_().add_(zero)).sub_(zero)
-    else:
-        values = codec.round_(values)
-    # 0 * x adds nothing to a finite result, and keeps the Inf that clamping took away as NaN
-    values = values.mul_(step).add_(blocks, alpha=0)
-    return from_blocks(values, spec.granularity, x.shape).to(x.dtype)
+    return _run(_rounded, x, spec, scales, global_scale=global_scale, dtype=x.dtype)[0]
 
 
 def quantize(
@@ -100,19 +88,12 @@ def quantize(
             negative in an unsigned format, or the scales do not fit its shape.
     """
     check_dtype(x)
-    # float64 goes through float32, where it may be too large
-    if not bool(torch.isfinite(x.float() if x.dtype == torch.float64 else x).all()):
-        raise NumericsError("cannot pack a tensor with NaN or Inf", hint="check the checkpoint")
     codec = codec_of(spec.format)
-    if not codec.signed:
-        _check_sign(x, spec)
-    blocks, found = _blocks_and_scales(x, spec, scales, global_scale)
     if x.numel() == 0:
-        return Quantized(torch.empty_like(x, dtype=codec.storage), found, spec, x.dtype)
-    values = blocks / expand_scale(found.step, spec.granularity)
-    if found.zero_point is not None:
-        values = values.round_().add_(expand_scale(found.zero_point, spec.granularity))
-    codes = from_blocks(codec.store(codec.round_(values)), spec.granularity, x.shape)
+        if scales is None:
+            scales = _scales_of(x, spec, global_scale)
+        return Quantized(torch.empty_like(x, dtype=codec.storage), scales, spec, x.dtype)
+    codes, found = _run(_codes, x, spec, scales, global_scale=global_scale, dtype=codec.storage)
     return Quantized(codes.contiguous(), found, spec, x.dtype)
 
 
@@ -130,19 +111,73 @@ def dequantize(quantized: Quantized) -> Tensor:
     return from_blocks(result, spec.granularity, quantized.codes.shape).to(quantized.dtype)
 
 
-def _blocks_and_scales(
+def _run(
+    function: Function,
+    x: Tensor,
+    spec: QuantizerSpec,
+    scales: Scales | None,
+    *,
+    global_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Scales]:
+    """Apply one of the two functions below to a tensor, in chunks where that pays."""
+    if scales is not None:
+        check_scales(x, spec, scales)
+    if not worth_chunks(x, scales, global_scale):
+        values, found = function(x.float(), spec, scales, global_scale)
+        return values.to(dtype), found
+    if scales is None and isinstance(spec.granularity, PerTensor):
+        scales = _scales_of(x, spec, global_scale)
+    elif scales is None and global_scale is None and codec_of(spec.format).two_level:
+        global_scale = codec_of(spec.format).global_scale(global_amax(x, spec))
+    return in_chunks(function, x, spec, scales, global_scale=global_scale, dtype=dtype)
+
+
+def _rounded(
     x: Tensor, spec: QuantizerSpec, scales: Scales | None, global_scale: Tensor | None
 ) -> tuple[Tensor, Scales]:
-    """Return ``x`` in float32 and block layout, and its complete scales."""
-    if scales is None:
-        scales = scales_for(measure(x, spec), spec, x, global_scale=global_scale)
+    """Return ``x``, float32, on the grid, and its scales."""
+    codec = codec_of(spec.format)
+    if not codec.signed and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_sign(x, spec)  # elsewhere the check would wait for the device
+    found = scales if scales is not None else _scales_of(x, spec, global_scale)
+    blocks, step = as_blocks(x, spec.granularity), expand_scale(found.step, spec.granularity)
+    values = blocks / step
+    if found.zero_point is not None:
+        zero = expand_scale(found.zero_point, spec.granularity)
+        values = codec.round_(values.round_().add_(zero)).sub_(zero)
     else:
-        check_scales(x, spec, scales)
-    return as_blocks(x.float(), spec.granularity), scales
+        values = codec.round_(values)
+    # 0 * x adds nothing to a finite result, and keeps the Inf that clamping took away as NaN
+    values = values.mul_(step).add_(blocks, alpha=0)
+    return from_blocks(values, spec.granularity, x.shape), found
+
+
+def _codes(
+    x: Tensor, spec: QuantizerSpec, scales: Scales | None, global_scale: Tensor | None
+) -> tuple[Tensor, Scales]:
+    """Return the codes of ``x``, float32, and its scales."""
+    codec = codec_of(spec.format)
+    low, high = torch.aminmax(x)  # both NaN where one is in x
+    if not bool(low.isfinite() & high.isfinite()):
+        raise NumericsError("cannot pack a tensor with NaN or Inf", hint="check the checkpoint")
+    if not codec.signed:
+        _check_sign(low, spec)
+    found = scales if scales is not None else _scales_of(x, spec, global_scale)
+    values = as_blocks(x, spec.granularity) / expand_scale(found.step, spec.granularity)
+    if found.zero_point is not None:
+        values = values.round_().add_(expand_scale(found.zero_point, spec.granularity))
+    return from_blocks(codec.store(codec.round_(values)), spec.granularity, x.shape), found
+
+
+def _scales_of(x: Tensor, spec: QuantizerSpec, global_scale: Tensor | None) -> Scales:
+    """Return the scales of ``x`` by the format's rule, under a global scale that may be given."""
+    found = measure(x, spec) if global_scale is None else Range(amax(x, spec.granularity))
+    return scales_for(found, spec, x, global_scale=global_scale)
 
 
 def _check_sign(x: Tensor, spec: QuantizerSpec) -> None:
-    if x.numel() and bool((x < 0).any()):
+    if bool((x < 0).any()):
         raise NumericsError(
             f"{spec.format.name} holds no negative numbers, and the tensor does",
             hint="use a signed format, or an asymmetric one",
