@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bittern.numerics import amax, fake_quantize, scales_from_amax
+from bittern.numerics import Range, amax, fake_quantize, scales_from_amax
 from bittern.numerics.autograd import straight_through
 from bittern.records import (
     Granularity,
@@ -25,7 +25,8 @@ MakeSpec = Callable[..., QuantizerSpec]
 
 def run(x: Tensor, ranges: Tensor | None, spec: QuantizerSpec) -> Tensor:
     scales = scales_from_amax(ranges, spec) if ranges is not None else None
-    return straight_through(x, ranges, spec, lambda v: fake_quantize(v, spec, scales))
+    clip = Range(ranges) if ranges is not None else None
+    return straight_through(x, clip, spec.granularity, lambda v: fake_quantize(v, spec, scales))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4n", "fp8"])

@@ -1,5 +1,6 @@
 """TensorQuantizer and the quantized modules."""
 
+from bittern.nn.experts import Experts
 from bittern.nn.module import (
     QuantModule,
     named_quant_modules,
@@ -11,6 +12,7 @@ from bittern.nn.module import (
 from bittern.nn.quantizer import TensorQuantizer
 
 __all__ = [
+    "Experts",
     "QuantModule",
     "TensorQuantizer",
     "named_quant_modules",

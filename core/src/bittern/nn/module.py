@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bittern.nn.experts import Experts
 from bittern.nn.quantizer import TensorQuantizer
 
 __all__ = [
@@ -37,10 +38,16 @@ class QuantModule(nn.Module):
 
     original_class: type[nn.Module]
 
-    def quantize(self, slot: str, x: Tensor) -> Tensor:
-        """Return ``x`` through the quantizer of ``slot``, unchanged where there is none."""
+    def quantize(self, slot: str, x: Tensor, experts: Experts | None = None) -> Tensor:
+        """Return ``x`` through the quantizer of ``slot``, unchanged where there is none.
+
+        Args:
+            slot: The slot.
+            x: Its tensor.
+            experts: Which rows belong to which expert, for stacked activations.
+        """
         quantizer = self._modules.get(slot + SUFFIX)
-        result: Tensor = x if quantizer is None else quantizer(x)
+        result: Tensor = x if quantizer is None else quantizer(x, experts)
         return result
 
     def quantizer(self, slot: str) -> TensorQuantizer | None:
@@ -102,10 +109,12 @@ def named_quant_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
-    """Yield ``("module.path.slot", quantizer)`` of every quantizer."""
+    """Yield ``("module.path.slot", quantizer)`` of every quantizer, with ``.then`` down a chain."""
     for name, module in named_quant_modules(model):
         for slot, quantizer in module.slots().items():
-            yield (f"{name}.{slot}" if name else slot), quantizer
+            path = f"{name}.{slot}" if name else slot
+            for step, link in enumerate(quantizer.chain()):
+                yield path + ".then" * step, link
 
 
 @contextmanager

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from bittern.errors import NumericsError
+from bittern.nn.experts import Experts
 from bittern.nn.observer import Observer
-from bittern.numerics import Scales, amax, codec_of, fake_quantize, scales_from_amax
-from bittern.numerics.autograd import straight_through
-from bittern.records import QuantizerSpec
+from bittern.nn.transforms import Transforms
+from bittern.nn.weightcache import WeightCache
+from bittern.numerics import (
+    Range,
+    Scales,
+    codec_of,
+    fake_quantize,
+    measure,
+    scales_for,
+)
+from bittern.numerics.autograd import learned_range, straight_through
+from bittern.records import PerToken, QuantizerSpec
 from bittern.registry import KernelTable
 
 __all__ = ["TensorQuantizer"]
+
+# What calibration finds out; none of it is part of a model's state_dict.
+BUFFERS = ("amax", "amin", "global_amax", "scale", "zero_point", "global_scale")
 
 
 class TensorQuantizer(nn.Module):
     """Fake-quantizes one tensor of a module: its weight, its input, its output.
 
-    A static quantizer needs an ``amax`` from calibration; a dynamic one computes it from each
-    tensor. While ``observer`` is set, the quantizer only looks: tensors pass unchanged. A disabled
-    quantizer, and a static one without ``amax``, pass tensors unchanged, the very same object.
+    A static quantizer needs a range from calibration; a dynamic one computes it from each tensor.
+    While ``observer`` is set, the quantizer only looks: tensors pass unquantized. A disabled
+    quantizer, and a static one without a range, pass tensors unchanged, the very same object
+    (`transforms` apart, which belong to the model's computation).
+
+    The order of a forward pass: pre-scale, rotation, bias, rounding, bias, rotation back, and then
+    the second quantizer of a chain.
 
     The buffers are not persistent: a converted model keeps the ``state_dict`` keys of the original.
 
@@ -36,11 +54,26 @@ class TensorQuantizer(nn.Module):
     Attributes:
         enabled: Whether tensors are quantized.
         observer: Collects statistics while calibration runs.
-        amax: Largest magnitude that is represented, float32, in the granularity's shape.
+        amax: Largest magnitude that is represented, float32, in the granularity's shape; one per
+            expert for a stacked activation.
+        amin: Smallest value that is represented, in asymmetric formats.
+        global_amax: Largest magnitude of the whole tensor, in formats of two levels.
+        transforms: Pre-scale, rotation and bias; ``None`` where there are none.
+        then: The second quantizer of a chain (W4A8).
+        block_dynamic: Whether only the global scale is static: activations in a format of two
+            levels, whose block scales follow from each tensor.
+        per_expert: Whether it keeps one range per expert of an activation whose rows belong to
+            experts.
     """
 
     amax: Tensor | None
+    amin: Tensor | None
+    global_amax: Tensor | None
     scale: Tensor | None
+    zero_point: Tensor | None
+    global_scale: Tensor | None
+    transforms: Transforms | None
+    then: TensorQuantizer | None
 
     def __init__(
         self,
@@ -57,76 +90,337 @@ class TensorQuantizer(nn.Module):
         self.kernels = kernels
         self.enabled = True
         self.observer: Observer | None = None
-        codec_of(spec.format)  # a format that does not resolve fails here, not in a forward pass
-        self.register_buffer("amax", None, persistent=False)
-        self.register_buffer("scale", None, persistent=False)
+        self.codec = codec_of(spec.format)  # what does not resolve fails here, not in a forward
+        for buffer in BUFFERS:
+            self.register_buffer(buffer, None, persistent=False)
+        needed = spec.rotation is not None or spec.affine is not None
+        self.transforms = Transforms(spec.rotation, spec.affine) if needed else None
+        chained = spec.then
+        self.then = None
+        if chained is not None:
+            self.then = TensorQuantizer(
+                chained, name=f"{name}.then", tensor=tensor, kernels=kernels
+            )
+        # Attributes of the object itself: looking up a buffer or a child costs ten times as much.
+        self._scales: Scales | None = None
+        self._ready = spec.dynamic
+        self._cache: WeightCache | None = None
+        self._simple = self.transforms is None and chained is None
+        static = tensor is None and not spec.dynamic
+        self.block_dynamic = self.codec.two_level and static
+        self.per_expert = spec.stacked and static
+        if spec.constant_amax is not None:
+            self.set_amax(torch.tensor(float(spec.constant_amax)))
+
+    # --- what it is ---
 
     @property
     def calibrated(self) -> bool:
         """Whether the quantizer knows its scale, or needs none beforehand."""
-        return self.spec.dynamic or self.amax is not None
+        return self._ready and (self.then is None or self.then.calibrated)
+
+    @property
+    def scales(self) -> Scales | None:
+        """The static scales; ``None`` for dynamic quantizers and before calibration."""
+        return self._scales
+
+    def chain(self) -> Iterator[TensorQuantizer]:
+        """Yield this quantizer and those that follow it."""
+        yield self
+        if self.then is not None:
+            yield from self.then.chain()
+
+    # --- calibration ---
 
     def set_amax(self, value: Tensor) -> None:
         """Set the range and derive the scale from it.
 
         Args:
-            value: Non-negative and finite, in the granularity's shape.
+            value: Non-negative and finite, in the granularity's shape: ``()`` where only the
+                global scale is static, ``(experts,)`` for a stacked activation.
 
         Raises:
-            NumericsError: ``value`` is negative, NaN or Inf.
+            NumericsError: ``value`` is negative, NaN or Inf; or the format is asymmetric.
         """
+        self.set_range(Range(value))
+
+    def set_range(self, values: Range, x: Tensor | None = None) -> None:
+        """Set the range and derive the scales from it.
+
+        Args:
+            values: The range.
+            x: The tensor it is the range of, for formats that choose scales by rounding errors.
+
+        Raises:
+            NumericsError: A bound is NaN, Inf or has the wrong sign, or one is missing.
+        """
+        amax = self._checked(values.amax, "amax must be finite and not negative")
+        amin = values.amin
+        if amin is not None:
+            amin = -self._checked(-amin, "amin must be finite and not positive")
+        whole = values.global_amax
+        if whole is not None:
+            whole = self._checked(whole, "global_amax must be finite and not negative")
+        self.clear_cache()
+        if isinstance(self._parameters.get("amax"), nn.Parameter):
+            del self._parameters["amax"]
+            self.register_buffer("amax", None, persistent=False)
+        if self.spec.dynamic:  # an algorithm may look; it changes nothing
+            self.amax, self.amin, self.global_amax = amax, amin, whole
+        elif self.block_dynamic:
+            self.global_amax = amax if whole is None else whole
+            self.global_scale = self.codec.global_scale(self.global_amax)
+        else:
+            self.amax, self.amin, self.global_amax = amax, amin, whole
+            self._set_scales(scales_for(Range(amax, amin, whole), self.spec, x))
+        self._ready = True
+
+    def calibrate_on(self, x: Tensor) -> None:
+        """Take the range of ``x`` itself, as weights do, and that of its result down the chain.
+
+        Raises:
+            NumericsError: ``x`` holds NaN or Inf, or has too few dimensions.
+        """
+        with torch.no_grad():
+            x = x.detach()
+            source = x
+            if self.transforms is not None:
+                source, _ = self.transforms.prepare(x.float(), learn=True)
+            if self.spec.constant_amax is None:
+                self.set_range(measure(source, self.spec), source)
+            if self.then is not None:
+                self.then.calibrate_on(self._first(x))
+
+    def observe(self, x: Tensor, experts: Experts | None = None) -> None:
+        """Show a tensor to the observer, as it will be rounded."""
+        assert self.observer is not None
+        if self.transforms is not None:
+            x, _ = self.transforms.prepare(x.detach().float())
+        if self.per_expert:
+            self.observer.observe(x, experts)
+        else:
+            self.observer.observe(x)
+
+    def learn(self) -> nn.Parameter:
+        """Turn the range into a parameter that training learns, and return it.
+
+        Raises:
+            NumericsError: The quantizer is dynamic, not calibrated, asymmetric, of two levels, or
+                one per expert.
+        """
+        if self.amax is None or self.spec.dynamic or self.per_expert:
+            problem = "only a calibrated static range can be learned"
+        elif self.codec.asymmetric or self.codec.two_level or self.codec.fitted:
+            problem = f"ranges of {self.spec.format.name} cannot be learned"
+        else:
+            self.clear_cache()
+            value = self.amax.detach()
+            if not isinstance(self.amax, nn.Parameter):
+                del self._buffers["amax"]
+                self.amax = nn.Parameter(value.clone())
+            self._scales = None
+            found = self.amax
+            assert isinstance(found, nn.Parameter)
+            return found
+        raise NumericsError(problem, where=self.name or None, hint="calibrate it first, with max")
+
+    def clear_cache(self) -> None:
+        """Forget the quantized copy of a frozen weight."""
+        self._cache = None
+
+    # --- state ---
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything calibration found out, by name."""
+        found = {name: value for name in BUFFERS if (value := getattr(self, name)) is not None}
+        if self.transforms is not None:
+            found |= {f"transforms.{name}": v for name, v in self.transforms.state().items()}
+        return {name: value.detach() for name, value in found.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take what `state` returned.
+
+        Raises:
+            NumericsError: A name is unknown.
+        """
+        self.clear_cache()
+        for name, value in state.items():
+            if name in BUFFERS:
+                setattr(self, name, value.detach().clone())
+            elif name.startswith("transforms."):
+                self._transforms().load(name.removeprefix("transforms."), value)
+            else:
+                raise NumericsError(f"a quantizer has no state {name!r}", where=self.name or None)
+        if self.scale is not None:
+            self._set_scales(Scales(self.scale, self.zero_point, self.global_scale))
+        self._ready = self.spec.dynamic or self.scale is not None or self.global_scale is not None
+
+    def set_pre_scale(self, value: Tensor | None) -> None:
+        """Multiply tensors by ``value`` before anything else, also while disabled.
+
+        Args:
+            value: Shape that broadcasts against the tensors, as ``(in_features,)``.
+        """
+        self._transforms().set_pre_scale(value)
+
+    def set_rotation(self, matrix: Tensor) -> None:
+        """Give the matrix of a rotation of the kind ``"given"``.
+
+        Args:
+            matrix: Orthogonal, ``(block, block)``.
+
+        Raises:
+            NumericsError: It is not orthogonal, or the spec asks for none.
+        """
+        try:
+            self._transforms().set_rotation(matrix)
+        except NumericsError as error:
+            raise self._named(error) from None
+
+    # --- forward ---
+
+    def forward(self, x: Tensor, experts: Experts | None = None) -> Tensor:
+        """Return ``x`` fake-quantized, in its own dtype.
+
+        Args:
+            x: The tensor.
+            experts: Which rows belong to which expert, for stacked activations.
+        """
+        if self.observer is not None:
+            self.observe(x, experts)
+            return self._passed(x, experts)
+        if not (self.enabled and self._ready):
+            return x if self._simple else self._passed(x, experts)
+        if self.tensor is not None and not torch.compiler.is_compiling():
+            cache = self._cache
+            if cache is not None and cache.holds(x) and not x.requires_grad:
+                return cache.value
+            if WeightCache.takes(x):
+                value = self._all(x, experts)
+                self._cache = WeightCache(x, value)
+                return value
+        return self._all(x, experts)
+
+    def _passed(self, x: Tensor, experts: Experts | None) -> Tensor:
+        """Return ``x`` unquantized: transforms are part of the computation, and stay."""
+        if self.transforms is not None:
+            x = self.transforms.passed(x)
+        return x if self.then is None else self.then(x, experts)
+
+    def _all(self, x: Tensor, experts: Experts | None) -> Tensor:
+        found = self._first(x, experts)
+        return found if self.then is None else self.then(found, experts)
+
+    def _first(self, x: Tensor, experts: Experts | None = None) -> Tensor:
+        try:
+            if self.transforms is None:
+                return self._round(x, experts)
+            prepared, bias = self.transforms.prepare(x.float())
+            rounded = self._round(prepared, experts)
+            return self.transforms.restore(rounded, bias).to(x.dtype)
+        except NumericsError as error:
+            raise self._named(error) from None
+
+    def _round(self, x: Tensor, experts: Experts | None) -> Tensor:
+        training = torch.is_grad_enabled() and (x.requires_grad or "amax" in self._parameters)
+        if "amax" in self._parameters:
+            assert self.amax is not None
+            return learned_range(x, self.amax, self.spec)
+        spec, scales, whole = self.spec, self._scales, None
+        if self.block_dynamic:
+            whole = self.global_scale
+        if self.per_expert:
+            if experts is None:
+                raise NumericsError(
+                    "its ranges are one per expert, and nobody said whose rows these are",
+                    hint="call quantize(slot, x, experts=Experts(index, count))",
+                )
+            spec, scales, whole = self._rows(x, experts)
+        if not training:
+            return self._apply_format(x, spec, scales, whole)
+        clip = None
+        if scales is not None and not spec.format.block_only and self.amax is not None:
+            amax = self.amax
+            if self.per_expert and experts is not None:
+                amax = _per_row(amax, experts.index, x)
+            clip = Range(amax, self.amin)
+        return straight_through(
+            x, clip, spec.granularity, lambda t: self._apply_format(t, spec, scales, whole)
+        )
+
+    def _rows(
+        self, x: Tensor, experts: Experts
+    ) -> tuple[QuantizerSpec, Scales | None, Tensor | None]:
+        """Return spec and scales of rows that belong to experts."""
+        if self.block_dynamic:
+            assert self.global_scale is not None
+            return self.spec, None, _per_row(self.global_scale, experts.index, x)
+        assert self.scale is not None
+        spec = dataclasses.replace(self.spec, granularity=PerToken())
+        zero = self.zero_point
+        return (
+            spec,
+            Scales(
+                _per_row(self.scale, experts.index, x),
+                None if zero is None else _per_row(zero, experts.index, x),
+            ),
+            None,
+        )
+
+    def _apply_format(
+        self, x: Tensor, spec: QuantizerSpec, scales: Scales | None, whole: Tensor | None
+    ) -> Tensor:
+        # torch.compile gets the reference: it fuses that itself, and looks into no kernel
+        kernels = self.kernels
+        if spec.backend is not None or (kernels is not None and not torch.compiler.is_compiling()):
+            kernel = (kernels or KernelTable()).find(
+                "fake_quantize", spec.format.name, x.device, x.dtype, backend=spec.backend
+            )
+            if kernel is not None:
+                more = {} if whole is None else {"global_scale": whole}
+                result: Tensor | None = kernel(x, spec, scales, **more)
+                if result is not None:  # None: not for this shape
+                    return result
+        return fake_quantize(x, spec, scales, global_scale=whole)
+
+    # --- helpers ---
+
+    def _transforms(self) -> Transforms:
+        if self.transforms is None:
+            self.transforms = Transforms(self.spec.rotation, self.spec.affine)
+            self._simple = False
+        self.clear_cache()
+        return self.transforms
+
+    def _set_scales(self, scales: Scales) -> None:
+        self.scale, self.zero_point = scales.scale, scales.zero_point
+        self.global_scale = scales.global_scale
+        self._scales = scales
+
+    def _checked(self, value: Tensor, problem: str) -> Tensor:
         value = value.detach().float().clone()
         if not bool((torch.isfinite(value) & (value >= 0)).all()):
             raise NumericsError(
-                "amax must be finite and not negative",
+                problem,
                 where=self.name or None,
                 hint="look for NaN or Inf in the weights or the calibration data",
             )
-        self.amax = value
-        self.scale = scales_from_amax(value, self.spec).scale
+        return value
 
-    def calibrate_on(self, x: Tensor) -> None:
-        """Take the range of ``x`` itself, as weights do."""
-        self.set_amax(amax(x.detach(), self.spec.granularity))
-
-    @property
-    def scales(self) -> Scales | None:
-        """The static scales; ``None`` for dynamic quantizers and before calibration."""
-        return None if self.spec.dynamic or self.scale is None else Scales(self.scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` fake-quantized, in its own dtype."""
-        if self.observer is not None:
-            self.observer.observe(x)
-            return x
-        if not self.enabled or not self.calibrated:
-            return x
-        if torch.is_grad_enabled() and x.requires_grad:
-            clip = None if self.spec.dynamic else self.amax
-            return straight_through(x, clip, self.spec, self._round)
-        return self._round(x)
-
-    def _round(self, x: Tensor) -> Tensor:
-        # torch.compile gets the reference: it fuses that itself, and looks into no kernel
-        if self.kernels is not None and not torch.compiler.is_compiling():
-            kernel = self.kernels.find("fake_quantize", self.spec.format.name, x.device, x.dtype)
-            if kernel is not None:
-                result: Tensor | None = kernel(x, self.spec, self.scales)
-                if result is not None:  # None: not for this shape
-                    return result
-        try:
-            return fake_quantize(x, self.spec, self.scales)
-        except NumericsError as error:
-            raise NumericsError(error.what, where=self.name or None, hint=error.hint) from None
+    def _named(self, error: NumericsError) -> NumericsError:
+        return NumericsError(error.what, where=self.name or error.where, hint=error.hint)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model, but stay float32: a scale in half precision gives other codes."""
-        before = {name: self._buffers[name] for name in ("amax", "scale")}
+        before = {name: self._buffers.get(name) for name in BUFFERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
-            moved = self._buffers[name]
+            moved = self._buffers.get(name)
             if value is not None and moved is not None and moved.dtype != value.dtype:
                 self._buffers[name] = value.to(moved.device)
+        if self._scales is not None and self.scale is not None:
+            self._scales = Scales(self.scale, self.zero_point, self.global_scale)
+        self.clear_cache()
         return self
 
     def extra_repr(self) -> str:
@@ -135,6 +429,17 @@ class TensorQuantizer(nn.Module):
         state = state or ("off" if not self.enabled else "")
         state = state or ("" if self.calibrated else "not calibrated")
         parts = [str(self.spec)]
-        if self.amax is not None and self.amax.numel() == 1:
-            parts.append(f"amax={self.amax.item():.4g}")
+        for name in ("amin", "amax", "global_amax"):
+            value = getattr(self, name)
+            if value is not None and value.numel() == 1:
+                parts.append(f"{name}={value.item():.4g}")
+        if "amax" in self._parameters:
+            parts.append("learned")
         return ", ".join([*parts, state] if state else parts)
+
+
+def _per_row(values: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    """Return the value of every row's expert, shape ``(rows, .., 1)``; one value serves all."""
+    if values.dim():
+        values = values[index].reshape(-1, *([1] * (x.dim() - 1)))
+    return values.expand(*x.shape[:-1], 1)

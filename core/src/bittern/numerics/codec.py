@@ -17,7 +17,7 @@ from bittern.errors import PluginError
 from bittern.records import NumberFormat
 from bittern.registry.targets import bound
 
-__all__ = ["SMALLEST", "Codec", "Scales", "codec_of", "linear_scale"]
+__all__ = ["LARGEST", "SMALLEST", "Codec", "Scales", "codec_of", "linear_scale"]
 
 # Smallest positive float32; a scale that underflows is clamped to it, never 0 (numerics.md).
 SMALLEST = 2.0**-149
@@ -57,6 +57,8 @@ class Codec(ABC):
         two_level: Whether block scales stand under one global scale (`global_scale`).
         fitted: Whether a block has a second scale to choose from (`other_scale`); the one with the
             smaller squared error wins, the first on a tie.
+        overshoots: Whether a number may be rounded to more than the largest one of its block; what
+            is then too large for its dtype saturates there, instead of becoming Inf.
     """
 
     max_value: float
@@ -65,12 +67,20 @@ class Codec(ABC):
     asymmetric: bool = False
     two_level: bool = False
     fitted: bool = False
+    overshoots: bool = False
+
+    @property
+    def min_value(self) -> float:
+        """Smallest value of the grid."""
+        return -self.max_value if self.signed else 0.0
 
     @abstractmethod
-    def scales(self, amax: Tensor) -> Scales:
+    def scales(self, amax: Tensor, global_scale: Tensor | None = None) -> Scales:
         """Return the scales for an ``amax`` (float32, any shape); 1 where it is 0.
 
-        In a format of two levels ``amax`` is in units of the global scale.
+        Args:
+            amax: Largest magnitudes.
+            global_scale: In a format of two levels, the upper one; it broadcasts against ``amax``.
         """
 
     @abstractmethod
@@ -96,7 +106,7 @@ class Codec(ABC):
         """Return the global scale for the ``amax`` of a whole tensor, of a format of two levels."""
         raise NotImplementedError
 
-    def other_scale(self, amax: Tensor) -> Tensor:
+    def other_scale(self, amax: Tensor, global_scale: Tensor | None = None) -> Tensor:
         """Return the second scale for an ``amax``, of a fitted format."""
         raise NotImplementedError
 

@@ -93,8 +93,8 @@ class KernelRule:
     Attributes:
         op: ``"fake_quantize"`` and, later, ``"amax"``, ``"pack"``, ``"linear"``.
         impl: ``"package.module:function"`` with the reference's signature, bit-exact with it.
-        device: ``torch.device.type`` it runs on.
-        formats: Names of the number formats it implements.
+        device: ``torch.device.type`` it runs on; ``"*"`` for every one.
+        formats: Names of the number formats it implements; ``"*"`` among them for every one.
         dtypes: Names of the input dtypes it takes, for example ``"bfloat16"``.
         capability: Smallest CUDA capability, as ``(major, minor)``.
         backend: A name. A rule with one is used only by quantizers whose spec names it, and need
