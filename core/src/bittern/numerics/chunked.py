@@ -44,7 +44,7 @@ def worth_chunks(x: Tensor, scales: Scales | None, global_scale: Tensor | None) 
     """
     if x.numel() <= CHUNK or x.device.type != "cpu":
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
     given = [x, global_scale]
     if scales is not None:
@@ -71,8 +71,8 @@ def in_chunks(
     """Return what ``function`` returns for the whole tensor, computed from its chunks.
 
     Args:
-        function: Called as ``function(chunk, spec, scales, global_scale)`` with a chunk in float32
-            that it must not write to; returns the chunk's result and scales.
+        function: Called as ``function(chunk, spec, scales, global_scale)`` with a view that it must
+            not write to; returns the chunk's result and scales.
         x: Tensor on the CPU, not empty.
         spec: Format and granularity.
         scales: Static scales. ``None``: the function computes those of a chunk, so that chunks hold
@@ -86,7 +86,7 @@ def in_chunks(
     for index in _chunks(x, _grain(x, spec, dynamic=scales is None)):
         given = None if scales is None else _part(scales, index, region)
         upper = None if global_scale is None else _sliced(global_scale, index, (1,) * x.dim())
-        values, found = function(x[index].float(), spec, given, upper)
+        values, found = function(x[index], spec, given, upper)
         result[index].copy_(values)
         if scales is None:
             _collect(made, found, scale_shape(x.shape, spec.granularity), index, region)
@@ -144,8 +144,8 @@ def _sliced(scale: Tensor, index: Index, region: tuple[int, ...]) -> Tensor:
     places = zip(scale.shape, index, region, strict=True)
     return scale[
         tuple(
-            slice(None) if size == 1 else slice(at.start // step, -(-at.stop // step))
-            for size, at, step in places
+            slice(None) if size == 1 else slice(at.start // extent, -(-at.stop // extent))
+            for size, at, extent in places
         )
     ]
 

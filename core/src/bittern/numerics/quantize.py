@@ -124,7 +124,7 @@ def _run(
     if scales is not None:
         check_scales(x, spec, scales)
     if not worth_chunks(x, scales, global_scale):
-        values, found = function(x.float(), spec, scales, global_scale)
+        values, found = function(x, spec, scales, global_scale)
         return values.to(dtype), found
     if scales is None and isinstance(spec.granularity, PerTensor):
         scales = _scales_of(x, spec, global_scale)
@@ -136,8 +136,8 @@ def _run(
 def _rounded(
     x: Tensor, spec: QuantizerSpec, scales: Scales | None, global_scale: Tensor | None
 ) -> tuple[Tensor, Scales]:
-    """Return ``x``, float32, on the grid, and its scales."""
-    codec = codec_of(spec.format)
+    """Return ``x`` on the grid, in float32, and its scales."""
+    codec, x = codec_of(spec.format), x.float()
     if not codec.signed and x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_sign(x, spec)  # elsewhere the check would wait for the device
     found = scales if scales is not None else _scales_of(x, spec, global_scale)
@@ -156,8 +156,8 @@ def _rounded(
 def _codes(
     x: Tensor, spec: QuantizerSpec, scales: Scales | None, global_scale: Tensor | None
 ) -> tuple[Tensor, Scales]:
-    """Return the codes of ``x``, float32, and its scales."""
-    codec = codec_of(spec.format)
+    """Return the codes of ``x`` and its scales."""
+    codec, x = codec_of(spec.format), x.float()
     low, high = torch.aminmax(x)  # both NaN where one is in x
     if not bool(low.isfinite() & high.isfinite()):
         raise NumericsError("cannot pack a tensor with NaN or Inf", hint="check the checkpoint")

@@ -20,7 +20,7 @@ from bittern.numerics.layout import (
 )
 from bittern.records import PerChannel, PerTensor, QuantizerSpec
 
-__all__ = ["Range", "check_scales", "measure", "scales_for", "scales_from_amax"]
+__all__ = ["Range", "check_scales", "global_amax", "measure", "scales_for", "scales_from_amax"]
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ def _fit(x: Tensor, values: Tensor, spec: QuantizerSpec, first: Scales) -> Scale
 
 
 def _error(blocks: Tensor, step: Tensor, codec: Codec, spec: QuantizerSpec) -> Tensor:
-    """Return the sum of squared rounding errors per scale, in units of the largest magnitude.
+    """Return the sum of squared rounding errors per scale, in units of its largest magnitude.
 
     Without the units, the squares of tiny and huge numbers would be 0 and Inf.
     """
-    wide = expand_scale(step, spec.granularity)
-    unit = blocks.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    error = (codec.round_(blocks / wide) * wide - blocks) / unit
-    dims = block_dims(spec.granularity, blocks.dim())
-    total = error.square_().sum(dim=dims, keepdim=True) if dims else error
-    return as_scale(total, spec.granularity)
+    wide, dims = expand_scale(step, spec.granularity), block_dims(spec.granularity, blocks.dim())
+    unit = blocks.abs()
+    unit = unit.amax(dim=dims, keepdim=True) if dims else unit
+    error = codec.round_(blocks / wide).mul_(wide).sub_(blocks)
+    error = error.div_(unit.clamp_min_(torch.finfo(torch.float32).tiny)).square_()
+    return as_scale(error.sum(dim=dims, keepdim=True) if dims else error, spec.granularity)
