@@ -1,52 +1,80 @@
-"""Grids of small floats: fp8 with torch's dtypes."""
+"""Small floats under one linear scale."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bittern.errors import NumericsError
 from bittern.numerics.codec import Codec, Scales, linear_scale
+from bittern.numerics.grids import GRIDS, FloatGrid
 
-__all__ = ["FloatCodec"]
+__all__ = ["FloatCodec", "GridCodec"]
+
+
+class GridCodec(Codec):
+    """A codec whose elements are small floats; subclasses say by which rule they are scaled."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> FloatGrid:
+        """The numbers that a code can stand for."""
+
+    @property
+    def max_value(self) -> float:  # type: ignore[override]
+        """Largest number of the grid."""
+        return self.grid.max_value
+
+    @property
+    def storage(self) -> torch.dtype:  # type: ignore[override]
+        """The float8 dtype, or uint8 with the bits of one code."""
+        return self.grid.storage
+
+    def round_(self, values: Tensor) -> Tensor:
+        """Clamp and round to the grid."""
+        return self.grid.round_(values)
+
+    def store(self, values: Tensor) -> Tensor:
+        """Return grid values as codes."""
+        return self.grid.encode(values)
+
+    def load(self, codes: Tensor) -> Tensor:
+        """Return codes as float32 (exact)."""
+        return self.grid.decode(codes)
 
 
 @dataclass(frozen=True)
-class FloatCodec(Codec):
-    """A torch float8 grid, scale ``amax / max`` (OCP OFP8; subnormals kept, saturating).
+class FloatCodec(GridCodec):
+    """A float8 grid, scale ``amax / max`` (OCP OFP8; subnormals kept, saturating).
 
     Args:
-        dtype: Name of the torch dtype.
+        dtype: Name of the torch dtype: ``"float8_e4m3fn"`` (largest value 448) or
+            ``"float8_e5m2"`` (57344).
     """
 
     dtype: str = "float8_e4m3fn"
 
-    @property
-    def max_value(self) -> float:  # type: ignore[override]
-        """Largest finite value: 448 for e4m3fn, 57344 for e5m2."""
-        return float(torch.finfo(self.storage).max)
+    def __post_init__(self) -> None:
+        if self.dtype not in _BY_DTYPE:
+            raise NumericsError(
+                f"there is no float8 grid {self.dtype!r}", hint=f"known are {', '.join(_BY_DTYPE)}"
+            )
 
     @property
-    def storage(self) -> torch.dtype:  # type: ignore[override]
-        """The float8 dtype itself."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
+    def grid(self) -> FloatGrid:
+        """The numbers of the dtype."""
+        return _BY_DTYPE[self.dtype]
 
-    def scales(self, amax: Tensor) -> Scales:
+    def scales(self, amax: Tensor, global_scale: Tensor | None = None) -> Scales:
         """Return ``amax / max_value``."""
         return Scales(linear_scale(amax, self.max_value))
 
-    def round_(self, values: Tensor) -> Tensor:
-        """Clamp and round to the grid; adding 0 turns -0 into +0."""
-        limit = self.max_value
-        rounded = values.clamp_(-limit, limit).to(self.storage)
-        return values.copy_(rounded).add_(0.0)
 
-    def store(self, values: Tensor) -> Tensor:
-        """Return grid values in the float8 dtype (exact)."""
-        return values.to(self.storage)
-
-    def load(self, codes: Tensor) -> Tensor:
-        """Return float8 codes as float32 (exact)."""
-        return codes.float()
+_BY_DTYPE = {
+    str(grid.dtype).removeprefix("torch."): grid
+    for grid in GRIDS.values()
+    if grid.dtype is not None
+}

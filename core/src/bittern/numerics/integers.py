@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import NumericsError
-from bittern.numerics.codec import SMALLEST, Codec, Scales, linear_scale
+from bittern.numerics.codec import LARGEST, SMALLEST, Codec, Scales, linear_scale
 
 __all__ = ["IntCodec"]
 
@@ -45,6 +45,11 @@ class IntCodec(Codec):
         return not self.unsigned
 
     @property
+    def overshoots(self) -> bool:  # type: ignore[override]
+        """Both ends are rounded to steps, away from 0 in half of the cases."""
+        return self.asymmetric
+
+    @property
     def max_value(self) -> float:  # type: ignore[override]
         """Largest code."""
         return float(2**self.bits - 1 if self.unsigned else 2 ** (self.bits - 1) - 1)
@@ -61,19 +66,21 @@ class IntCodec(Codec):
         """Codes are one per element, int8 or uint8, whatever their bits."""
         return torch.uint8 if self.unsigned else torch.int8
 
-    def scales(self, amax: Tensor) -> Scales:
+    def scales(self, amax: Tensor, global_scale: Tensor | None = None) -> Scales:
         """Return ``amax / max_value``."""
         return Scales(linear_scale(amax, self.max_value))
 
     def scales_between(self, low: Tensor, high: Tensor) -> Scales:
         """Return ``s = (high - low) / (steps)`` and ``z = round(min - low / s)``, within the codes.
 
-        The affine scheme of ONNX QuantizeLinear; since ``low <= 0 <= high``, 0 is a grid value.
+        The rule of ONNX DynamicQuantizeLinear; since ``low <= 0 <= high``, 0 is a grid value.
         """
         steps = self.max_value - self.min_value
         low, high = low.float(), high.float()
-        scale = (high / steps - low / steps).clamp_min(SMALLEST)  # high - low may overflow
-        scale = torch.where((low == 0) & (high == 0), torch.ones_like(scale), scale)
+        width = high - low
+        scale = torch.where(width <= LARGEST, width / steps, high / steps - low / steps)
+        scale = scale.clamp_min(SMALLEST)
+        scale = torch.where(width == 0, torch.ones_like(scale), scale)
         zero = (self.min_value - low / scale).round().clamp(self.min_value, self.max_value)
         return Scales(scale, zero_point=zero)
 

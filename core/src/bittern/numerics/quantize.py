@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bittern.errors import NumericsError
 from bittern.numerics.chunked import Function, in_chunks, worth_chunks
-from bittern.numerics.codec import Scales, codec_of
+from bittern.numerics.codec import LARGEST, Codec, Scales, codec_of
 from bittern.numerics.layout import amax, as_blocks, check_dtype, expand_scale, from_blocks
 from bittern.numerics.ranges import Range, check_scales, global_amax, measure, scales_for
 from bittern.records import PerTensor, QuantizerSpec
@@ -108,6 +108,7 @@ def dequantize(quantized: Quantized) -> Tensor:
     if scales.zero_point is not None:
         values = values - expand_scale(scales.zero_point, spec.granularity)
     result = values * expand_scale(scales.step, spec.granularity)
+    result = _saturated(result, codec, quantized.dtype)
     return from_blocks(result, spec.granularity, quantized.codes.shape).to(quantized.dtype)
 
 
@@ -137,7 +138,7 @@ def _rounded(
     x: Tensor, spec: QuantizerSpec, scales: Scales | None, global_scale: Tensor | None
 ) -> tuple[Tensor, Scales]:
     """Return ``x`` on the grid, in float32, and its scales."""
-    codec, x = codec_of(spec.format), x.float()
+    codec, dtype, x = codec_of(spec.format), x.dtype, x.float()
     if not codec.signed and x.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_sign(x, spec)  # elsewhere the check would wait for the device
     found = scales if scales is not None else _scales_of(x, spec, global_scale)
@@ -149,7 +150,7 @@ def _rounded(
     else:
         values = codec.round_(values)
     # 0 * x adds nothing to a finite result, and keeps the Inf that clamping took away as NaN
-    values = values.mul_(step).add_(blocks, alpha=0)
+    values = _saturated(values.mul_(step).add_(blocks, alpha=0), codec, dtype)
     return from_blocks(values, spec.granularity, x.shape), found
 
 
@@ -174,6 +175,14 @@ def _scales_of(x: Tensor, spec: QuantizerSpec, global_scale: Tensor | None) -> S
     """Return the scales of ``x`` by the format's rule, under a global scale that may be given."""
     found = measure(x, spec) if global_scale is None else Range(amax(x, spec.granularity))
     return scales_for(found, spec, x, global_scale=global_scale)
+
+
+def _saturated(values: Tensor, codec: Codec, dtype: torch.dtype) -> Tensor:
+    """Keep what was rounded up beyond the numbers of ``dtype`` from becoming Inf, in place."""
+    if not codec.overshoots:
+        return values
+    limit = min(float(torch.finfo(dtype).max), LARGEST)
+    return values.clamp_(-limit, limit)
 
 
 def _check_sign(x: Tensor, spec: QuantizerSpec) -> None:

@@ -99,9 +99,8 @@ def scales_for(
         if largest is None:
             largest = global_amax(values.amax, spec)
         global_scale = codec.global_scale(largest.float())
-    relative = values.amax.float() / global_scale
-    found = Scales(codec.scales(relative).scale, global_scale=global_scale)
-    return found if x is None or not codec.fitted else _fit(x, relative, spec, found)
+    found = Scales(codec.scales(values.amax, global_scale).scale, global_scale=global_scale)
+    return found if x is None or not codec.fitted else _fit(x, values.amax, spec, found)
 
 
 def scales_from_amax(values: Tensor, spec: QuantizerSpec) -> Scales:
@@ -126,7 +125,7 @@ def check_scales(x: Tensor, spec: QuantizerSpec, scales: Scales) -> None:
 def _fit(x: Tensor, values: Tensor, spec: QuantizerSpec, first: Scales) -> Scales:
     """Return per block the scale with the smaller squared error."""
     codec = codec_of(spec.format)
-    second = Scales(codec.other_scale(values), global_scale=first.global_scale)
+    second = Scales(codec.other_scale(values, first.global_scale), global_scale=first.global_scale)
     blocks = as_blocks(x.float(), spec.granularity)
     errors = [_error(blocks, scales.step, codec, spec) for scales in (first, second)]
     scale = torch.where(errors[1] < errors[0], second.scale, first.scale)
@@ -136,11 +135,23 @@ def _fit(x: Tensor, values: Tensor, spec: QuantizerSpec, first: Scales) -> Scale
 def _error(blocks: Tensor, step: Tensor, codec: Codec, spec: QuantizerSpec) -> Tensor:
     """Return the sum of squared rounding errors per scale, in units of its largest magnitude.
 
-    Without the units, the squares of tiny and huge numbers would be 0 and Inf.
+    Without the units, the squares of tiny and huge numbers would be 0 and Inf. They are added in
+    one order, half to half, so that every device and layout chooses the same scale.
     """
     wide, dims = expand_scale(step, spec.granularity), block_dims(spec.granularity, blocks.dim())
     unit = blocks.abs()
     unit = unit.amax(dim=dims, keepdim=True) if dims else unit
     error = codec.round_(blocks / wide).mul_(wide).sub_(blocks)
     error = error.div_(unit.clamp_min_(torch.finfo(torch.float32).tiny)).square_()
-    return as_scale(error.sum(dim=dims, keepdim=True) if dims else error, spec.granularity)
+    return as_scale(_tree_sum(error, dims), spec.granularity)
+
+
+def _tree_sum(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Add up over ``dims``, which are kept as 1, always in the same order; writes to ``values``."""
+    for dim in dims:
+        while (size := values.shape[dim]) > 1:
+            rest = size // 2
+            high = values.narrow(dim, size - rest, rest)
+            values = values.narrow(dim, 0, size - rest)
+            values.narrow(dim, 0, rest).add_(high)
+    return values

@@ -31,7 +31,7 @@ class NumberFormat:
         codec: ``"package.module:factory"``; called with ``**params`` it returns a
             `bittern.numerics.Codec`. Resolved on first use.
         params: Keyword arguments of the factory.
-        kind: ``"int"`` or ``"float"``; what exporters write as the element type.
+        kind: ``"int"``, ``"float"`` or ``"codebook"``; what exporters write as the element type.
         scale_bits: Bits of one stored scale.
         zero_point_bits: Bits of one stored zero point, beside every scale.
         tensor_bits: Bits stored once per tensor, as the global scale of nvfp4.
