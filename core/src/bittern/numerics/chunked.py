@@ -120,7 +120,8 @@ def _region(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
 
 def _chunks(x: Tensor, grain: tuple[int, ...]) -> Iterator[Index]:
     """Yield the indices of parts of about `CHUNK` elements per thread, in the order of memory."""
-    order = sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
     shape, steps = [x.shape[dim] for dim in order], [grain[dim] for dim in order]
     for index in _split(shape, steps, CHUNK * torch.get_num_threads()):
         yield tuple(index[order.index(dim)] for dim in range(x.dim()))
