@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bittern.builtin.attention import ATTENTION_RULES
+from bittern.builtin.formats import FORMATS
 from bittern.builtin.modules import MODULE_RULES
 from bittern.hooks import hookimpl
 from bittern.records import (
     Algorithm,
     Exporter,
     NumberFormat,
-    PerChannel,
-    PerGroup,
-    PerTensor,
     RecipeSource,
 )
 
@@ -47,35 +45,9 @@ def register_trace_ops() -> list[OpRule]:
 
 
 @hookimpl
-def register_formats() -> list[NumberFormat]:
-    """int8, int4, fp8 (e4m3)."""
-    return [
-        NumberFormat(
-            name="int8",
-            bits=8,
-            codec="bittern.numerics.integers:IntCodec",
-            params={"bits": 8},
-            weight_granularity=PerChannel(0),
-            description="8-bit integers; weights per channel, activations per tensor",
-        ),
-        NumberFormat(
-            name="int4",
-            bits=4,
-            codec="bittern.numerics.integers:IntCodec",
-            params={"bits": 4},
-            weight_granularity=PerGroup(128),
-            description="4-bit integers in groups of 128",
-        ),
-        NumberFormat(
-            name="fp8",
-            bits=8,
-            kind="float",
-            codec="bittern.numerics.floats:FloatCodec",
-            params={"dtype": "float8_e4m3fn"},
-            weight_granularity=PerTensor(),
-            description="8-bit floats, e4m3 (largest value 448), per tensor",
-        ),
-    ]
+def register_formats() -> tuple[NumberFormat, ...]:
+    """Integers of 2 to 8 bits, fp8, nvfp4, the MX formats, nf4."""
+    return FORMATS
 
 
 @hookimpl
