@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import CalibrationError
+from bittern.nn.extremes import Extremes
 from bittern.nn.observer import MaxObserver, SharedInputs
 from bittern.numerics import amax
 from bittern.records import Granularity, PerChannel, PerTensor
@@ -26,7 +27,7 @@ def reductions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], s
         calls.append((tuple(x.shape), str(granularity)))
         return amax(x, granularity)
 
-    monkeypatch.setattr(sys.modules["bittern.nn.observer"], "amax", counted)
+    monkeypatch.setattr(sys.modules["bittern.nn.extremes"], "amax", counted)
     return calls
 
 
@@ -138,7 +139,7 @@ def test_calibration_works_under_inference_mode(
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(-1)], ids=str)
 def test_the_result_is_the_maximum_over_all_tensors(granularity: Granularity) -> None:
     tensors = [torch.randn(4, 3) for _ in range(6)]
-    observer = MaxObserver(granularity, SharedInputs())
+    observer = MaxObserver(Extremes(granularity), SharedInputs())
     for x in tensors:
         observer.observe(x)
 
@@ -146,7 +147,7 @@ def test_the_result_is_the_maximum_over_all_tensors(granularity: Granularity) ->
 
 
 def test_empty_tensors_count_for_nothing() -> None:
-    observer = MaxObserver(PerTensor(), SharedInputs())
+    observer = MaxObserver(Extremes(PerTensor()), SharedInputs())
     observer.observe(torch.empty(0, 4))
     assert observer.result() is None
     assert observer.first_bad_batch() is None
@@ -165,7 +166,7 @@ def test_the_first_bad_batch_is_named_however_often_a_module_runs_per_batch(
     bad: float, calls: int, batch: int, granularity: Granularity
 ) -> None:
     shared = SharedInputs()
-    observer = MaxObserver(granularity, shared)
+    observer = MaxObserver(Extremes(granularity), shared)
     for index in range(5):
         shared.batch = index
         for call in range(calls):
@@ -179,7 +180,7 @@ def test_the_first_bad_batch_is_named_however_often_a_module_runs_per_batch(
 
 
 def test_good_batches_have_no_bad_one() -> None:
-    observer = MaxObserver(PerTensor(), SharedInputs())
+    observer = MaxObserver(Extremes(PerTensor()), SharedInputs())
     observer.observe(torch.zeros(3))
     observer.observe(torch.full((3,), 3e38))
 
@@ -187,7 +188,7 @@ def test_good_batches_have_no_bad_one() -> None:
 
 
 def test_inputs_without_common_scales_are_refused_by_name() -> None:
-    observer = MaxObserver(PerChannel(0), SharedInputs(), name="up.input")
+    observer = MaxObserver(Extremes(PerChannel(0)), SharedInputs(), name="up.input")
     observer.observe(torch.ones(4, 3))
     observer.observe(torch.ones(4, 5))
     with pytest.raises(CalibrationError, match=r"up\.input: .*\(4, 1\) and \(3, 1\)"):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bittern.errors import NumericsError, PluginError
 from bittern.nn import TensorQuantizer
+from bittern.nn.extremes import Extremes
 from bittern.nn.observer import MaxObserver, SharedInputs
 from bittern.numerics import fake_quantize
 from bittern.records import KernelRule, NumberFormat, PerChannel, PerTensor, PerToken, QuantizerSpec
@@ -47,7 +48,7 @@ def test_otherwise_the_very_same_tensor_comes_back(state: str, make_spec: MakeSp
     if state != "uncalibrated":
         quantizer.set_amax(torch.tensor(1.0))
     if state == "observing":
-        quantizer.observer = MaxObserver(PerTensor(), SharedInputs())
+        quantizer.observer = MaxObserver(Extremes(PerTensor()), SharedInputs())
     quantizer.enabled = state != "disabled"
     x = torch.randn(3)
 
@@ -125,7 +126,7 @@ def test_it_says_its_format_range_and_state(make_spec: MakeSpec) -> None:
     assert quantizer.extra_repr() == "int8/tensor, amax=1.5"
     quantizer.enabled = False
     assert quantizer.extra_repr() == "int8/tensor, amax=1.5, off"
-    quantizer.observer = MaxObserver(PerTensor(), SharedInputs())
+    quantizer.observer = MaxObserver(Extremes(PerTensor()), SharedInputs())
     assert quantizer.extra_repr() == "int8/tensor, amax=1.5, observing"
 
 

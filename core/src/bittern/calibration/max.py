@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.observe import observe_max
 from bittern.calibration.shared import share_ranges
 from bittern.errors import CalibrationError, NumericsError
 from bittern.nn import TensorQuantizer, named_quant_modules, named_quantizers
-from bittern.numerics import amax
 from bittern.records import Plan
 
-__all__ = ["activations_at_max", "run_max", "static_activations"]
+__all__ = ["activations_at_max", "fill_unseen", "run_max", "static_activations"]
 
 
 def run_max(
@@ -50,24 +50,36 @@ def _weights(model: nn.Module, context: CalibrationContext) -> None:
             for quantizer in weights:
                 weight = getattr(module, quantizer.tensor or "").detach()
                 try:
-                    value = amax(weight, quantizer.spec.granularity)
+                    quantizer.calibrate_on(weight)
                 except NumericsError as error:
+                    damaged = not bool(weight.float().isfinite().all())
                     raise CalibrationError(
-                        error.what, where=quantizer.name, hint=error.hint
-                    ) from error
-                try:
-                    quantizer.set_amax(value)
-                except NumericsError as error:
-                    raise CalibrationError(
-                        "the weight holds NaN or Inf",
+                        "the weight holds NaN or Inf" if damaged else error.what,
                         where=quantizer.name,
-                        hint="the checkpoint is damaged; load it again, or skip the module",
+                        hint="the checkpoint is damaged; load it again, or skip the module"
+                        if damaged
+                        else error.hint,
                     ) from error
 
 
 def static_activations(model: nn.Module) -> dict[str, TensorQuantizer]:
     """Return the activation quantizers that data has to calibrate, by name."""
-    return {n: q for n, q in named_quantizers(model) if q.tensor is None and not q.spec.dynamic}
+    return {
+        name: quantizer
+        for name, quantizer in named_quantizers(model)
+        if quantizer.tensor is None
+        and not quantizer.spec.dynamic
+        and quantizer.spec.constant_amax is None
+    }
+
+
+def fill_unseen(values: Tensor) -> Tensor:
+    """Give the experts that saw no token the largest range of the others, shape ``(.., experts)``.
+
+    A range of 0 would become the scale 1, which has nothing to do with the layer's numbers.
+    """
+    unseen = (values == 0).all(dim=0) if values.dim() > 1 else values == 0
+    return torch.where(unseen, values.amax(dim=-1, keepdim=True), values)
 
 
 def activations_at_max(
@@ -87,8 +99,10 @@ def activations_at_max(
     Raises:
         CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
     """
-    watched = {name: (q, q.spec.granularity) for name, q in quantizers.items()}
+    watched = {name: (q, q.extremes) for name, q in quantizers.items()}
     for name, value in observe_max(model, watched, forward, context).items():
         if value is not None:
-            quantizers[name].set_amax(value)
+            quantizer = quantizers[name]
+            filled = fill_unseen(value) if quantizer.per_expert else value
+            quantizer.set_range(quantizer.extremes.range_of(filled))
     share_ranges(model, context)

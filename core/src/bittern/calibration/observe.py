@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
-from bittern.calibration.reduce import reduce_max
+from bittern.calibration.histogram import Histogram, HistogramObserver, coarsened, empty
+from bittern.calibration.reduce import reduce_max, reduce_sum
 from bittern.errors import CalibrationError
 from bittern.nn import TensorQuantizer, named_quantizers
+from bittern.nn.extremes import Extremes
 from bittern.nn.observer import MaxObserver, Observer
-from bittern.records import Granularity
 
-__all__ = ["observe", "observe_max"]
+__all__ = ["observe", "observe_histograms", "observe_max"]
 
 
 def observe(
@@ -59,27 +60,27 @@ def observe(
 
 def observe_max(
     model: nn.Module,
-    watched: Mapping[str, tuple[TensorQuantizer, Granularity]],
+    watched: Mapping[str, tuple[TensorQuantizer, Extremes]],
     forward: Forward,
     context: CalibrationContext,
 ) -> dict[str, Tensor | None]:
-    """Run the unquantized model over the data and return the largest magnitudes.
+    """Run the unquantized model over the data and return the extremes.
 
     Args:
         model: The converted model.
-        watched: Name to an activation quantizer and the granularity of its statistics.
+        watched: Name to an activation quantizer and the statistic to keep.
         forward: Runs the data.
         context: Services.
 
     Returns:
-        Name to the amax over all batches and ranks, ``None`` where no data came by.
+        Name to the extremes over all batches and ranks, ``None`` where no data came by.
 
     Raises:
         CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
     """
     observers = {
-        name: (quantizer, MaxObserver(granularity, context.shared, name=quantizer.name))
-        for name, (quantizer, granularity) in watched.items()
+        name: (quantizer, MaxObserver(extremes, context.shared, name=quantizer.name))
+        for name, (quantizer, extremes) in watched.items()
     }
     problem = observe(model, observers, forward)
     found = {name: observer.result() for name, (_, observer) in observers.items()}
@@ -87,6 +88,49 @@ def observe_max(
     return {
         name: None if value is None else value.to(_device(found[name], value))
         for name, value in reduced.items()
+    }
+
+
+def observe_histograms(
+    model: nn.Module,
+    watched: Mapping[str, TensorQuantizer],
+    forward: Forward,
+    context: CalibrationContext,
+    *,
+    bins: int | None = None,
+) -> dict[str, Histogram | None]:
+    """Run the unquantized model over the data and return the histograms of the magnitudes.
+
+    Args:
+        model: The converted model.
+        watched: Activation quantizers per tensor or per channel, by name.
+        forward: Runs the data.
+        context: Services.
+        bins: As for `HistogramObserver`.
+
+    Returns:
+        Name to the histogram over all batches and ranks, ``None`` where no data came by.
+
+    Raises:
+        CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
+    """
+    observers = {
+        name: (q, HistogramObserver(q.spec.granularity, context.shared, bins=bins, name=q.name))
+        for name, q in watched.items()
+    }
+    problem = observe(model, observers, forward)
+    found = {name: observer.result() for name, (_, observer) in observers.items()}
+    own = {name: None if h is None else h.amax for name, h in found.items()}
+    common: dict[str, Histogram] = {}
+    for name, value in reduce_max(own, problem).items():
+        if value is not None:  # the bins of all ranks follow from the common amax
+            known = found[name]
+            amax = value.to(_device(own[name], value))
+            common[name] = coarsened(known, amax) if known is not None else empty(amax, bins=bins)
+    counts = reduce_sum({name: histogram.counts for name, histogram in common.items()})
+    return {
+        name: Histogram(counts[name], common[name].amax) if name in common else None
+        for name in watched
     }
 
 

@@ -19,7 +19,8 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.observe import observe_max
 from bittern.errors import CalibrationError
 from bittern.nn import QuantModule, TensorQuantizer
-from bittern.records import Fold, Granularity, Member, PerChannel, Plan
+from bittern.nn.extremes import Extremes
+from bittern.records import Fold, Member, PerChannel, Plan
 
 __all__ = ["run_smooth"]
 
@@ -58,10 +59,10 @@ def run_smooth(
         )
     folds = [fold for fold in trace.foldable if _quantized(fold, model)]
     axes = {e.module: e.slot_rule.channel_axis for e in plan.entries if e.slot == "input"}
-    watched: dict[str, tuple[TensorQuantizer, Granularity]] = {}
+    watched: dict[str, tuple[TensorQuantizer, Extremes]] = {}
     for fold in folds:  # the consumers of a fold read one tensor
         first = fold.consumers[0]
-        watched[first] = (_input(model, first), PerChannel(axes[first]))
+        watched[first] = (_input(model, first), Extremes(PerChannel(axes[first])))
     ranges = observe_max(model, watched, forward, context)
     taken: set[str] = set()
     for fold in folds:

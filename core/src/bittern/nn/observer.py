@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bittern.errors import CalibrationError
-from bittern.numerics import amax
+from bittern.nn.experts import Experts
+from bittern.nn.extremes import Extremes
 from bittern.records import Granularity
 
 __all__ = ["MaxObserver", "Observer", "SharedInputs"]
@@ -47,7 +48,11 @@ class SharedInputs:
 
     def amax(self, x: Tensor, granularity: Granularity) -> Tensor:
         """Return ``amax(x, granularity)``, computed at most once per tensor."""
-        return self.once(x, ("amax", granularity), lambda: amax(x, granularity))
+        return self.extremes(x, Extremes(granularity))
+
+    def extremes(self, x: Tensor, kind: Extremes) -> Tensor:
+        """Return ``kind.of(x)``, computed at most once per tensor."""
+        return self.once(x, kind, lambda: kind.of(x))
 
     def once(self, x: Tensor, kind: Hashable, compute: Callable[[], T]) -> T:
         """Return a statistic of ``x``, computed at most once per tensor.
@@ -74,8 +79,13 @@ class SharedInputs:
 class Observer(Protocol):
     """Collects the statistics of one static activation quantizer."""
 
-    def observe(self, x: Tensor) -> None:
-        """Take in one tensor."""
+    def observe(self, x: Tensor, experts: Experts | None = None) -> None:
+        """Take in one tensor.
+
+        Args:
+            x: The tensor.
+            experts: Which rows belong to which expert, for stacked activations.
+        """
         ...
 
     def first_bad_batch(self) -> int | None:
@@ -84,20 +94,20 @@ class Observer(Protocol):
 
 
 class MaxObserver:
-    """Running maximum of ``|x|``.
+    """Running maximum of ``|x|``, or of both ends of the range.
 
     NaN and Inf propagate through the running maximum. The number of calls before it turned bad is
     counted on the device and read once at the end, which names the batch without a sync in the
     loop.
 
     Args:
-        granularity: Which elements share a scale.
+        extremes: What is kept of a tensor.
         shared: Shared with the other quantizers of the model.
         name: The quantizer's name, for errors.
     """
 
-    def __init__(self, granularity: Granularity, shared: SharedInputs, *, name: str = "") -> None:
-        self._granularity = granularity
+    def __init__(self, extremes: Extremes, shared: SharedInputs, *, name: str = "") -> None:
+        self._extremes = extremes
         self._name = name
         self._shared = shared
         self._amax: Tensor | None = None
@@ -105,7 +115,7 @@ class MaxObserver:
         self._batches: list[int] = []
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
+    def observe(self, x: Tensor, experts: Experts | None = None) -> None:
         """Take in one tensor; an empty one (an expert without tokens) counts for nothing.
 
         Raises:
@@ -113,11 +123,15 @@ class MaxObserver:
         """
         if x.numel() == 0:
             return
-        value = self._shared.amax(x, self._granularity)
+        extremes = self._extremes
+        if experts is not None:
+            value = extremes.of(x, experts)
+        else:
+            value = self._shared.extremes(x, extremes)
         if self._amax is not None and value.shape != self._amax.shape:
             raise CalibrationError(
                 f"inputs of different shapes have no common scales: granularity "
-                f"{self._granularity} gives {tuple(self._amax.shape)} and {tuple(value.shape)}",
+                f"{extremes} gives {tuple(self._amax.shape)} and {tuple(value.shape)}",
                 where=self._name or None,
                 hint="use granularity: tensor, or make the scales dynamic",
             )
@@ -128,7 +142,7 @@ class MaxObserver:
         self._batches.append(self._shared.batch)
 
     def result(self) -> Tensor | None:
-        """Return the largest magnitude seen."""
+        """Return the largest extremes seen, ``None`` if no tensor was."""
         return self._amax
 
     def first_bad_batch(self) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bittern.errors import NumericsError
 from bittern.nn.experts import Experts
+from bittern.nn.extremes import Extremes
 from bittern.nn.observer import Observer
 from bittern.nn.transforms import Transforms
 from bittern.nn.weightcache import WeightCache
@@ -23,7 +24,7 @@ from bittern.numerics import (
     scales_for,
 )
 from bittern.numerics.autograd import learned_range, straight_through
-from bittern.records import PerToken, QuantizerSpec
+from bittern.records import PerTensor, PerToken, QuantizerSpec
 from bittern.registry import KernelTable
 
 __all__ = ["TensorQuantizer"]
@@ -124,6 +125,20 @@ class TensorQuantizer(nn.Module):
         """The static scales; ``None`` for dynamic quantizers and before calibration."""
         return self._scales
 
+    @property
+    def extremes(self) -> Extremes:
+        """The statistic from which its static range follows, by `Extremes.range_of`."""
+        coarse = self.block_dynamic or self.per_expert
+        granularity = PerTensor() if coarse else self.spec.granularity
+        return Extremes(granularity, both=self.codec.asymmetric or not self.codec.signed)
+
+    @property
+    def range(self) -> Range | None:
+        """The static range; ``None`` before calibration."""
+        if self.block_dynamic:
+            return None if self.global_amax is None else Range(self.global_amax)
+        return None if self.amax is None else Range(self.amax, self.amin, self.global_amax)
+
     def chain(self) -> Iterator[TensorQuantizer]:
         """Yield this quantizer and those that follow it."""
         yield self
@@ -156,6 +171,14 @@ class TensorQuantizer(nn.Module):
         """
         amax = self._checked(values.amax, "amax must be finite and not negative")
         amin = values.amin
+        if amin is not None and not self.codec.signed:
+            if bool((amin < 0).any()):
+                raise NumericsError(
+                    f"{self.spec.format.name} holds no negative numbers, and the data does",
+                    where=self.name or None,
+                    hint="use a signed format, or an asymmetric one",
+                )
+            amin = None
         if amin is not None:
             amin = -self._checked(-amin, "amin must be finite and not positive")
         whole = values.global_amax
@@ -196,10 +219,7 @@ class TensorQuantizer(nn.Module):
         assert self.observer is not None
         if self.transforms is not None:
             x, _ = self.transforms.prepare(x.detach().float())
-        if self.per_expert:
-            self.observer.observe(x, experts)
-        else:
-            self.observer.observe(x)
+        self.observer.observe(x, experts if self.per_expert else None)
 
     def learn(self) -> nn.Parameter:
         """Turn the range into a parameter that training learns, and return it.
