@@ -317,10 +317,51 @@ def test_a_pattern_that_names_only_a_container_is_an_error(
 
 
 def test_a_pattern_that_names_only_modules_nobody_can_quantize_is_an_error(
+    plan_of: Callable[..., Plan],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
+    with pytest.raises(RecipeError, match="matches only modules without a rule"):
+        plan_of(model, ALL, {"match": "1", "weight": "int8"})
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["norm", "*orm", "re:n.*m", {"class": "LayerNorm"}, {"name": "*", "class": "LayerNorm"}],
+)
+def test_a_layer_without_a_matrix_is_quantized_where_a_recipe_names_it(
+    named: Any, make_mlp: Make, plan_of: Callable[..., Plan]
+) -> None:
+    plan = plan_of(make_mlp(), {"match": named, "input": "int8"})
+
+    assert [entry.path for entry in plan.entries] == ["norm.input"]
+
+
+@pytest.mark.parametrize("sweeping", ["*", "re:.*"])
+def test_a_pattern_for_everything_passes_layers_without_a_matrix_by(
+    sweeping: str, make_mlp: Make, plan_of: Callable[..., Plan]
+) -> None:
+    plan = plan_of(make_mlp(), {"match": sweeping, "input": "int8"})
+
+    assert plan.modules == ("up", "down")
+    assert plan.skipped["norm"] == "a LayerNorm is quantized only where a recipe names it"
+
+
+def test_a_pattern_that_meets_only_layers_it_passes_by_is_an_error(
+    plan_of: Callable[..., Plan],
+) -> None:
+    model = nn.ModuleDict({"acts": nn.Sequential(nn.ReLU()), "fine": nn.Linear(4, 4)})
+    with pytest.raises(RecipeError, match=r"'acts\.\*' matches only modules without a rule"):
+        plan_of(model, {"match": "fine", "weight": "int8"}, {"match": "acts.*", "input": "int8"})
+
+
+def test_what_switches_off_reaches_every_layer(
     make_mlp: Make, plan_of: Callable[..., Plan]
 ) -> None:
-    with pytest.raises(RecipeError, match="matches only modules without a rule"):
-        plan_of(make_mlp(), ALL, {"match": "norm", "weight": "int8"})
+    named = {"match": {"class": ["LayerNorm", "Linear"]}, "input": "int8"}
+    off = {"match": "*", "input": "none"}
+    plan = plan_of(make_mlp(), named, off, {"match": "up", "weight": "int8"})
+
+    assert [entry.path for entry in plan.entries] == ["up.weight"]
 
 
 def test_what_cannot_be_quantized_may_be_switched_off(

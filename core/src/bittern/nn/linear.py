@@ -1,4 +1,4 @@
-"""Quantized nn.Linear and nn.Embedding."""
+"""Quantized nn.Linear and nn.Bilinear."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bittern.nn.module import QuantModule
 
-__all__ = ["QuantEmbedding", "QuantLinear"]
+__all__ = ["QuantBilinear", "QuantLinear"]
 
 
 class QuantLinear(QuantModule, nn.Linear):
@@ -20,18 +20,18 @@ class QuantLinear(QuantModule, nn.Linear):
         return self.quantize("output", found)
 
 
-class QuantEmbedding(QuantModule, nn.Embedding):
-    """Rows of the quantized table; slots ``weight``, ``output``."""
+class QuantBilinear(QuantModule, nn.Bilinear):
+    """``y_k = Q_1(x1) @ Q_w(W_k) @ Q_2(x2) + b_k``.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the embeddings of token ids, shape ``(..., embedding_dim)``."""
-        found = F.embedding(
-            input,
+    Slots ``weight``, ``input1``, ``input2``, ``output``.
+    """
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        """Return the bilinear map of the quantized operands, shape ``(..., out_features)``."""
+        found = F.bilinear(
+            self.quantize("input1", input1),
+            self.quantize("input2", input2),
             self.quantize("weight", self.weight),
-            self.padding_idx,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.sparse,
+            self.bias,
         )
         return self.quantize("output", found)

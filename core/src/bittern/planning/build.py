@@ -92,19 +92,25 @@ def build_plan(
         bearing = any(True for _ in module.parameters(recurse=False))
         match = table.find(module, cls)
         like = match.rule.like if isinstance(match, Match) else None
-        wanted = _wanted(rules, path, cls, adapter.roles, like=like)
+        by_name = isinstance(match, Match) and match.rule.by_name
+        wanted = _wanted(rules, path, cls, adapter.roles, like=like, by_name=by_name)
         usable = isinstance(match, Match) and match.rule.quantized is not None
         skip = None
         for rule in skips:
             if rule.matcher(path, cls, adapter.roles, like=like):
                 rule.seen.add(path)
                 skip = skip if skip is not None else rule.matcher
+        swept = False
         for rule in (*rules, *skips):
-            rule.usable = rule.usable or (path in rule.seen and usable)
+            passed_by = by_name and path in rule.seen and rule.matcher.sweeps(path)
+            swept = swept or (passed_by and any(rule.specs.values()))
+            rule.usable = rule.usable or (path in rule.seen and usable and not passed_by)
             rule.leaf = rule.leaf or (path in rule.seen and (bearing or _childless(module)))
         if not any(spec is not None for spec, _ in wanted.values()):
             if bearing and wanted:
                 skipped[path] = "switched off by the recipe"
+            elif bearing and swept:
+                skipped[path] = f"a {cls.__qualname__} is quantized only where a recipe names it"
             elif bearing:
                 lost = not usable and _matrices(module)
                 why = f", and {_no_rule(match, module, cls)}" if lost else ""
@@ -212,13 +218,16 @@ def _wanted(
     roles: Mapping[str, str],
     *,
     like: str | None,
+    by_name: bool,
 ) -> dict[str, tuple[SpecModel | None, str]]:
     wanted: dict[str, tuple[SpecModel | None, str]] = {}
     for rule in rules:
         if rule.matcher(path, cls, roles, like=like):
             rule.seen.add(path)
+            swept = by_name and rule.matcher.sweeps(path)
             for slot, spec in rule.specs.items():
-                wanted[slot] = (spec, rule.label)
+                if spec is None or not swept:  # what switches off may sweep
+                    wanted[slot] = (spec, rule.label)
     return wanted
 
 

@@ -12,6 +12,15 @@ from bittern.errors import RecipeError
 __all__ = ["Matcher"]
 
 
+SWEEPING = ("*", ".*", ".+")
+
+
+def _last(pattern: str) -> str:
+    """Return what a pattern says about the last part of a path."""
+    dot = r"\." if pattern.startswith("re:") else "."
+    return pattern.removeprefix("re:").rpartition(dot)[2]
+
+
 class Matcher:
     """A compiled `MatchModel`.
 
@@ -55,6 +64,13 @@ class Matcher:
         """Return whether one name pattern means ``path``."""
         regex = self._regexes.get(pattern)
         return bool(regex.fullmatch(path)) if regex else fnmatchcase(path, pattern)
+
+    def sweeps(self, path: str) -> bool:
+        """Return whether only patterns that end in a bare ``*`` (or ``.*``) mean ``path``."""
+        match = self.match
+        if match.class_ or match.role:
+            return False
+        return all(_last(p) in SWEEPING for p in match.name if self.names(p, path))
 
     @property
     def by_role_only(self) -> bool:

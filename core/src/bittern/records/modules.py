@@ -72,6 +72,10 @@ class ModuleRule:
         predicate: Optional extra test on the live module.
         like: Name of the class that recipes may take it for, as ``"Linear"``: what
             ``match: {class: Linear}`` says, as the shipped recipes do, then holds for it too.
+        by_name: Whether only a recipe rule that names the class, the role or the path reaches it,
+            as ``{class: LayerNorm}`` and ``*.norm`` do. Patterns that end in a bare ``*``
+            (``*``, ``blocks.*``) pass it by, unless they switch something off: they are about
+            layers with weights.
     """
 
     target: str
@@ -83,6 +87,7 @@ class ModuleRule:
     priority: int = 0
     predicate: Callable[[Any], bool] | None = None
     like: str | None = None
+    by_name: bool = False
 
     def __post_init__(self) -> None:
         check_import_strings(self, "target", "quantized", "slots_from")

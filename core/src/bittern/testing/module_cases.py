@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.nn import QuantModule, named_quantizers
+from bittern.planning import slots_of
 from bittern.records import ModuleRule, Slot
 from bittern.registry import Match
 from bittern.report import Result
@@ -117,7 +118,14 @@ class Bench:
         Raises:
             AssertionError: There is none, or it refuses the module.
         """
-        module = module if module is not None else self.module()
+        return self._match(module if module is not None else self.module()).rule
+
+    def slots(self) -> tuple[Slot, ...]:
+        """Return the slots of the module."""
+        module = self.module()
+        return slots_of(self._match(module), module)
+
+    def _match(self, module: nn.Module) -> Match[ModuleRule]:
         table = self.toolkit.registry.modules.extended(
             self.toolkit.plugins.collect("discover_modules", model=Holder(module))
         )
@@ -129,12 +137,7 @@ class Bench:
         )
         assert isinstance(found, Match)
         check(found.rule.quantized is not None, f"its rule refuses it: {found.rule.reason}")
-        rule: ModuleRule = found.rule
-        return rule
-
-    def slots(self) -> tuple[Slot, ...]:
-        """Return the slots of the rule."""
-        return self.rule().slots
+        return found
 
     def recipe(self, *paths: str, spec: Any = None) -> dict[str, Any]:
         """Return a recipe that quantizes every slot of the modules at ``paths``.
