@@ -52,13 +52,31 @@ def register_formats() -> tuple[NumberFormat, ...]:
 
 @hookimpl
 def register_algorithms() -> list[Algorithm]:
-    """Max calibration, SmoothQuant."""
+    """Max, percentile, entropy and mse calibration, SmoothQuant."""
     return [
         Algorithm(
             name="max",
             run="bittern.calibration.max:run_max",
             needs=frozenset({"data"}),
             description="every range is the largest magnitude seen",
+        ),
+        Algorithm(
+            name="percentile",
+            run="bittern.calibration.statistics:run_percentile",
+            needs=frozenset({"data"}),
+            description="activations: the magnitude that 99.99 % of them do not exceed",
+        ),
+        Algorithm(
+            name="entropy",
+            run="bittern.calibration.statistics:run_entropy",
+            needs=frozenset({"data"}),
+            description="activations: the range that loses the least information",
+        ),
+        Algorithm(
+            name="mse",
+            run="bittern.calibration.statistics:run_mse",
+            needs=frozenset({"data"}),
+            description="weights and activations: the range with the least rounding error",
         ),
         Algorithm(
             name="smooth",

@@ -1,0 +1,114 @@
+"""Search for the ranges with the least rounding error, scale by scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bittern.errors import CalibrationError
+from bittern.numerics import Range, fake_quantize, scales_for
+from bittern.numerics.layout import as_blocks, as_scale, block_dims
+from bittern.records import QuantizerSpec
+
+__all__ = ["Error", "best_range", "multipliers", "squared"]
+
+# What rounding costs, per element: of the rounded and the original tensor, both float32.
+Error = Callable[[Tensor, Tensor], Tensor]
+
+_PER_OCTAVE = 32  # neighbors differ by 2.2 %; the error around its minimum is flat
+
+
+def squared(rounded: Tensor, x: Tensor) -> Tensor:
+    """Return ``(rounded - x)^2``."""
+    return (rounded - x).square_()
+
+
+def multipliers(spec: QuantizerSpec, *, octaves: int) -> list[float]:
+    """Return the candidates of a search, as multiples of the largest magnitude.
+
+    They go down from 1 in steps of ``2^(-1/32)``. Floating formats of 4 bits or fewer also get
+    those up to 1.5: their largest values lie so far apart (4 and 6) that it can pay to leave the
+    last one unused.
+
+    Args:
+        spec: The format.
+        octaves: How often the range is halved.
+    """
+    spread = spec.format.kind == "float" and spec.format.bits <= 4
+    above = range(1, 19) if spread else ()  # 2^(18/32) = 1.48
+    below = range(0, -octaves * _PER_OCTAVE - 1, -1)
+    return [2 ** (step / _PER_OCTAVE) for step in (*below, *above)]
+
+
+@torch.no_grad()
+def best_range(
+    x: Tensor,
+    values: Range,
+    spec: QuantizerSpec,
+    *,
+    candidates: Sequence[float],
+    error: Error = squared,
+    weight: Tensor | None = None,
+) -> Range:
+    """Return the multiple of a range at which rounding ``x`` costs the least, scale by scale.
+
+    Every candidate is tried with the format's own `fake_quantize`. Where several are equally good
+    the first is taken, so begin with 1. A range of 0 stays 0.
+
+    Args:
+        x: Floating tensor, finite.
+        values: Its range, from `bittern.numerics.measure`.
+        spec: Format and granularity.
+        candidates: Multiples of the range.
+        error: What rounding costs per element. It gets both tensors in float32, divided by a power
+            of two that brings them near 1, so that no square underflows or overflows.
+        weight: How much each element counts, in the shape of ``x``; 1 by default.
+
+    Raises:
+        CalibrationError: ``error`` returns another shape than that of its arguments.
+    """
+    unit = _unit(values)
+    x = x.detach().float() / unit
+    values = _in_units(values, unit)
+    dims = block_dims(spec.granularity, x.dim())
+    least = torch.full_like(values.amax, torch.inf)
+    chosen = torch.ones_like(values.amax)
+    for candidate in candidates:
+        scales = scales_for(_times(values, candidate), spec)
+        costs = error(fake_quantize(x, spec, scales), x)
+        if costs.shape != x.shape:
+            raise CalibrationError(
+                f"the error function returned shape {tuple(costs.shape)}, not {tuple(x.shape)}",
+                hint="return one cost per element; sums are taken over those that share a scale",
+            )
+        blocks = as_blocks(costs if weight is None else costs * weight, spec.granularity)
+        total = blocks.sum(dims, keepdim=True) if dims else blocks
+        total = as_scale(total, spec.granularity).reshape(least.shape)
+        better = total < least
+        least = torch.where(better, total, least)
+        chosen = torch.where(better, candidate, chosen)
+    return _in_units(_times(values, chosen), 1 / unit)
+
+
+def _times(values: Range, factor: Tensor | float) -> Range:
+    """Return a multiple of a range; what belongs to the whole tensor stays."""
+    amin = None if values.amin is None else values.amin * factor
+    return replace(values, amax=values.amax * factor, amin=amin)
+
+
+def _in_units(values: Range, unit: Tensor) -> Range:
+    """Return a range, divided by a power of two."""
+    whole = None if values.global_amax is None else values.global_amax / unit
+    return replace(_times(values, 1 / unit), global_amax=whole)
+
+
+def _unit(values: Range) -> Tensor:
+    """Return a power of two near the largest magnitude, 1 for zeros."""
+    largest = values.amax if values.amin is None else torch.maximum(values.amax, -values.amin)
+    largest = largest.max()
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    unit = ((exponent + 127) << 23).view(torch.float32)
+    return torch.where(largest > 0, unit, torch.ones_like(unit))
