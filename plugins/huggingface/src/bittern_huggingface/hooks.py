@@ -6,7 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bittern.hooks import hookimpl
-from bittern.records import DataConfig, Exporter, LoadConfig, ModelAdapter
+from bittern.records import DataConfig, Exporter, LoadConfig, ModelAdapter, ModuleRule
+from bittern_huggingface.modules.rules import MODULE_RULES
 
 if TYPE_CHECKING:
     import click
@@ -31,6 +32,22 @@ def resolve_model_adapter(model: nn.Module) -> ModelAdapter | None:
     from bittern_huggingface.adapter import make_adapter
 
     return make_adapter(model)
+
+
+@hookimpl
+def register_modules() -> tuple[ModuleRule, ...]:
+    """Conv1D of GPT-2, and the experts that only their class tells."""
+    return MODULE_RULES
+
+
+@hookimpl
+def discover_modules(model: nn.Module) -> list[ModuleRule]:
+    """The experts and the attention of the model's own classes."""
+    if "transformers" not in sys.modules:
+        return []
+    from bittern_huggingface.modules.discover import discovered_rules
+
+    return discovered_rules(model)
 
 
 @hookimpl

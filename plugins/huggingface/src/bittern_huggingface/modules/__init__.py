@@ -1,0 +1,1 @@
+"""Quantized classes of the layers that only transformers has, and the rules that take them."""

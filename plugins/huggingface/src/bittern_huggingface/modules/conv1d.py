@@ -1,0 +1,24 @@
+"""Quantized Conv1D, the linear layer of GPT-2 that stores its weight input features first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from bittern.nn import QuantModule
+
+__all__ = ["QuantConv1D"]
+
+
+class QuantConv1D(QuantModule, Conv1D):
+    """``y = Q_in(x) @ Q_w(W) + b``; slots ``weight`` of shape ``(in, out)``, ``input``, ``output``.
+
+    Per channel means per output feature, axis 1; groups run along the input features, axis 0.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the linear map of the quantized operands, shape ``(..., out)``."""
+        rows = self.quantize("input", x).reshape(-1, x.shape[-1])
+        found = torch.addmm(self.bias, rows, self.quantize("weight", self.weight))
+        return self.quantize("output", found.view(*x.shape[:-1], self.nf))
