@@ -13,6 +13,7 @@ from types import FunctionType
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from bittern.nn import original_class
 from bittern.records import ATTENTION_SLOTS, ModuleRule
@@ -71,6 +72,8 @@ def attends(cls: Any) -> bool:
     Args:
         cls: The class of a module.
     """
+    if issubclass(cls, PreTrainedModel):
+        return False
     names = set(_names(cls))
     if INTERFACE in names:
         return True
