@@ -18,9 +18,17 @@ from bittern.numerics.layout import (
     extremes,
     scale_shape,
 )
-from bittern.records import PerChannel, PerTensor, QuantizerSpec
+from bittern.records import PerBlock, PerChannel, PerGroup, PerTensor, QuantizerSpec
 
-__all__ = ["Range", "check_scales", "global_amax", "measure", "scales_for", "scales_from_amax"]
+__all__ = [
+    "Range",
+    "check_scales",
+    "check_spec",
+    "global_amax",
+    "measure",
+    "scales_for",
+    "scales_from_amax",
+]
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,11 @@ def scales_for(
             ``global_amax``, or from the largest ``amax``.
 
     Raises:
-        NumericsError: An asymmetric format, and no ``amin``.
+        NumericsError: An asymmetric format, and no ``amin``; a format of blocks, and a granularity
+            without.
     """
     codec = codec_of(spec.format)
+    check_spec(spec)
     if codec.asymmetric:
         if values.amin is None:
             raise NumericsError(
@@ -104,22 +114,54 @@ def scales_for(
 
 
 def scales_from_amax(values: Tensor, spec: QuantizerSpec) -> Scales:
-    """Return the scales that the format's rule gives for an amax."""
+    """Return the scales that the format's rule gives for an amax.
+
+    Raises:
+        NumericsError: As for `scales_for`, or a value is negative or NaN.
+    """
+    if not bool((values >= 0).all()):
+        raise NumericsError(
+            "an amax is negative or NaN", hint="look for NaN in the weights or the calibration data"
+        )
     return scales_for(Range(values), spec)
+
+
+def check_spec(spec: QuantizerSpec) -> None:
+    """Raise unless the format can have scales of this granularity.
+
+    Raises:
+        NumericsError: It has scales per block, and the granularity is coarser or finer.
+    """
+    if spec.format.block_only and not isinstance(spec.granularity, PerGroup | PerBlock):
+        raise NumericsError(
+            f"{spec.format.name} has one scale per group or block, not per {spec.granularity}",
+            hint=f"use {spec.format.weight_granularity}",
+        )
 
 
 def check_scales(x: Tensor, spec: QuantizerSpec, scales: Scales) -> None:
     """Raise unless static scales fit a tensor.
 
     Raises:
-        NumericsError: Their shape is another.
+        NumericsError: Their shape is another, or a part of them is missing.
     """
+    check_spec(spec)
     if scales.scale.shape != scale_shape(x.shape, spec.granularity):
         raise NumericsError(
             f"scales of shape {tuple(scales.scale.shape)} do not fit a tensor of shape "
             f"{tuple(x.shape)} with granularity {spec.granularity}",
             hint="calibrate again with data of this shape, or use dynamic scales",
         )
+    codec = codec_of(spec.format)
+    for needed, part, what in (
+        (codec.asymmetric, scales.zero_point, "zero points"),
+        (codec.two_level, scales.global_scale, "a global scale"),
+    ):
+        if needed and part is None:
+            raise NumericsError(
+                f"{spec.format.name} needs {what} beside its scales",
+                hint="take whole Scales, as scales_for returns them",
+            )
 
 
 def _fit(x: Tensor, values: Tensor, spec: QuantizerSpec, first: Scales) -> Scales:
