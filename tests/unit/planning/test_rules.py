@@ -457,7 +457,7 @@ def test_a_model_that_is_quantized_already_is_refused(
 
 def test_a_lazy_module_without_weights_is_refused_by_name(plan_of: Callable[..., Plan]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
-    with pytest.raises(ModelError, match=r"1\.weight: the weight has no shape yet"):
+    with pytest.raises(ModelError, match=r"1\.weight: it has no shape yet, the layer is lazy"):
         plan_of(model, ALL)
 
     model(torch.randn(2, 4))

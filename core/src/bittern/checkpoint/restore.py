@@ -15,6 +15,7 @@ from bittern.checkpoint.save import AMAX
 from bittern.convert import convert, remember
 from bittern.errors import BitternError, CheckpointError
 from bittern.nn import named_quantizers, original_class
+from bittern.nn.computed import weight_of
 from bittern.planning import slots_of
 from bittern.records import ModuleRule, Plan, PlanEntry, QuantizerSpec
 from bittern.registry import ClassTable, Match, Registry
@@ -116,7 +117,7 @@ def _plan(
             number_format = registry.formats.get(entry.format)
         except BitternError as error:
             raise CheckpointError(error.what, where=where, hint=error.hint) from error
-        tensor = getattr(module, slot.tensor or slot.name, None) if slot.kind == "weight" else None
+        tensor = weight_of(module, slot.tensor or slot.name) if slot.kind == "weight" else None
         spec = QuantizerSpec(number_format, granularity_from(entry.granularity), entry.dynamic)
         entries.append(
             PlanEntry(

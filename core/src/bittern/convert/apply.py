@@ -15,6 +15,7 @@ from bittern.nn import (
     original_class,
     restore_class,
 )
+from bittern.nn.computed import check_unchanged
 from bittern.nn.module import attach, swap_class
 from bittern.records import Plan
 from bittern.registry import ANY, Registry, resolve, target_of
@@ -116,8 +117,15 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def revert(model: nn.Module) -> None:
-    """Give every converted module its original class back and remove the quantizers."""
-    for _, module in list(named_quant_modules(model)):
+    """Give every converted module its original class back and remove the quantizers.
+
+    Raises:
+        ModelError: The class of a module was changed after conversion; nothing is reverted then.
+    """
+    converted = list(named_quant_modules(model))
+    for path, module in converted:
+        check_unchanged(module, where=path)
+    for _, module in converted:
         restore_class(module)
     if hasattr(model, _PLAN):
         delattr(model, _PLAN)

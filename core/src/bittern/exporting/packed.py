@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bittern.errors import ExportError
 from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules, named_quantizers
+from bittern.nn.computed import sources_of, weight_of
 from bittern.numerics import Quantized, quantize
 from bittern.records import Plan
 
@@ -62,8 +63,10 @@ def packed_modules(
         with access(module, write=False):
             for slot, quantizer in slots.items():
                 if quantizer.tensor is not None:
-                    tensor = getattr(module, quantizer.tensor).detach()
-                    weights[quantizer.tensor] = quantize(tensor, quantizer.spec, quantizer.scales)
+                    tensor = weight_of(module, quantizer.tensor)
+                    assert tensor is not None
+                    packed = quantize(tensor.detach(), quantizer.spec, quantizer.scales)
+                    weights[quantizer.tensor] = packed
                 elif quantizer.scale is not None:
                     inputs[slot] = quantizer.scale
         yield PackedModule(path, module, weights, inputs, slots)
@@ -78,7 +81,9 @@ def plain_tensors(model: nn.Module, plan: Plan, *, dtype: str | None) -> dict[st
         dtype: Name of the dtype on disk of floating tensors, ``None`` for the one in memory.
     """
     modules = dict(model.named_modules(remove_duplicate=False))  # shared modules: every name
-    packed = {(id(modules[e.module]), e.tensor) for e in plan.entries if e.tensor is not None}
+    weights = [(e.module, e.tensor) for e in plan.entries if e.tensor is not None]
+    packed = {(id(modules[path]), tensor) for path, tensor in weights}
+    sources = tuple(sources_of(path, tensor) + "." for path, tensor in weights)
     wanted = getattr(torch, dtype) if dtype is not None else None
     found: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
@@ -86,6 +91,8 @@ def plain_tensors(model: nn.Module, plan: Plan, *, dtype: str | None) -> dict[st
     for name, tensor in model.state_dict().items():
         path, _, local = name.rpartition(".")
         if not isinstance(tensor, Tensor) or (id(modules.get(path)), local) in packed:
+            continue
+        if name.startswith(sources):  # what a computed weight was computed from
             continue
         if tensor.numel():
             key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -12,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from bittern.config import Recipe, SpecModel
 from bittern.errors import ModelError, NumericsError, PlanError, RecipeError
 from bittern.nn import original_class
+from bittern.nn.computed import sources_of, weight_of
 from bittern.numerics import scale_shape
 from bittern.planning.match import Matcher
 from bittern.planning.specs import resolve_spec
@@ -70,10 +72,12 @@ def build_plan(
             f"this model is quantized already, by {adapter.quantized_by}",
             hint="load the original checkpoint",
         )
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
             raise ModelError(
-                "the weight has no shape yet", where=name, hint="run the model once, then plan"
+                "it has no shape yet, the layer is lazy",
+                where=name,
+                hint="run the model once, then plan",
             )
     table = modules if modules is not None else registry.modules
     rules = [
@@ -143,6 +147,9 @@ def build_plan(
             ]
         elif bearing:
             skipped[path] = "no slot of the recipe fits it"
+    for entry in entries:
+        if entry.tensor is not None:  # what a computed weight is computed from goes with it
+            skipped.pop(sources_of(entry.module, entry.tensor), None)
     warnings += table.dead()
     _check_patterns([*rules, *skips], recipe, model, warnings)
     if not entries:
@@ -252,7 +259,7 @@ def _entries(
         spec, label = wanted.get(name, wanted.get(slot.spoken, (None, "")))
         if spec is None:
             continue
-        tensor = getattr(module, slot.tensor or name, None) if slot.kind == "weight" else None
+        tensor = weight_of(module, slot.tensor or name) if slot.kind == "weight" else None
         whole = resolve_spec(spec, slot, registry.formats, where=label)
         if isinstance(tensor, Tensor):
             try:
@@ -317,17 +324,28 @@ def _bytes(model: nn.Module, entries: list[PlanEntry], dtype: str | None) -> tup
     modules = dict(model.named_modules(remove_duplicate=False))  # shared modules: every name
     quantized = {(id(modules[e.module]), e.tensor): e for e in entries if e.shape is not None}
     before: dict[int, int] = {}
-    after: dict[tuple[int, str], int] = {}  # a tied weight has one copy per way it is stored
+    after: dict[tuple[int | str, str], int] = {}  # a tied weight: one copy per way it is stored
+    computed: list[str] = []
+    for entry in entries:
+        if entry.tensor is not None and entry.shape is not None:
+            source = sources_of(entry.module, entry.tensor)
+            if source in modules:
+                computed.append(f"{source}.")
+                after[source, ""] = _stored(entry, entry.shape)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue
         item = width if width is not None and tensor.is_floating_point() else tensor.element_size()
         size = before[id(tensor)] = tensor.numel() * item
         path, _, local = name.rpartition(".")
-        entry = quantized.get((id(modules.get(path)), local))
-        if entry is None:
+        found = quantized.get((id(modules.get(path)), local))
+        if found is not None:
+            after[id(tensor), str(found.spec)] = _stored(found, tuple(tensor.shape))
+        elif not name.startswith(tuple(computed)):
             after[id(tensor), ""] = size
-        else:
-            bits = entry.spec.bits_per_element(tuple(tensor.shape)) * tensor.numel()
-            after[id(tensor), str(entry.spec)] = math.ceil(bits / 8)
     return sum(before.values()), sum(after.values())
+
+
+def _stored(entry: PlanEntry, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a quantized tensor, its scales included."""
+    return math.ceil(entry.spec.bits_per_element(shape) * math.prod(shape) / 8)
