@@ -19,6 +19,7 @@ from bittern.numerics import (
     Scales,
     chunked,
     codec_of,
+    dequantize,
     fake_quantize,
     measure,
     quantize,
@@ -92,6 +93,7 @@ def assert_same(
         return
     codes = quantize(x, spec, scales)
     assert_same_codes(in_chunks_of(size, quantize, x, spec, scales), codes, same_bits)
+    assert same_bits(in_chunks_of(size, dequantize, codes), dequantize(codes))
 
 
 def assert_same_codes(found: Quantized, wanted: Quantized, same_bits: SameBits) -> None:

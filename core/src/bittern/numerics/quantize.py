@@ -7,6 +7,7 @@ since both go through the same rounding (`Codec.round_`) and the same product wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -102,14 +103,8 @@ def dequantize(quantized: Quantized) -> Tensor:
     spec, scales = quantized.spec, quantized.scales
     if quantized.codes.numel() == 0:
         return torch.empty_like(quantized.codes, dtype=quantized.dtype)
-    codec = codec_of(spec.format)
-    # Load before padding: torch pads no float8 tensor.
-    values = as_blocks(codec.load(quantized.codes), spec.granularity)
-    if scales.zero_point is not None:
-        values = values - expand_scale(scales.zero_point, spec.granularity)
-    result = values * expand_scale(scales.step, spec.granularity)
-    result = _saturated(result, codec, quantized.dtype)
-    return from_blocks(result, spec.granularity, quantized.codes.shape).to(quantized.dtype)
+    dtype, function = quantized.dtype, partial(_decoded, dtype=quantized.dtype)
+    return _run(function, quantized.codes, spec, scales, global_scale=None, dtype=dtype)[0]
 
 
 def _run(
@@ -121,7 +116,7 @@ def _run(
     global_scale: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Scales]:
-    """Apply one of the two functions below to a tensor, in chunks where that pays."""
+    """Apply one of the three functions below to a tensor, in chunks where that pays."""
     if scales is not None:
         check_scales(x, spec, scales)
     if not worth_chunks(x, scales, global_scale):
@@ -169,6 +164,25 @@ def _codes(
     if found.zero_point is not None:
         values = values.round_().add_(expand_scale(found.zero_point, spec.granularity))
     return from_blocks(codec.store(codec.round_(values)), spec.granularity, x.shape), found
+
+
+def _decoded(
+    codes: Tensor,
+    spec: QuantizerSpec,
+    scales: Scales | None,
+    global_scale: Tensor | None,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Scales]:
+    """Return what codes stand for, in float32, as far as ``dtype`` holds it."""
+    assert scales is not None
+    codec = codec_of(spec.format)
+    # Load before padding: torch pads no float8 tensor.
+    values = as_blocks(codec.load(codes), spec.granularity)
+    if scales.zero_point is not None:
+        values = values - expand_scale(scales.zero_point, spec.granularity)
+    values = _saturated(values * expand_scale(scales.step, spec.granularity), codec, dtype)
+    return from_blocks(values, spec.granularity, codes.shape), scales
 
 
 def _scales_of(x: Tensor, spec: QuantizerSpec, global_scale: Tensor | None) -> Scales:
