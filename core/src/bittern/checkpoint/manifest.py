@@ -8,21 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from bittern.errors import CheckpointError
+from bittern.planning import with_options
 from bittern.records import (
+    Affine,
     Granularity,
+    NumberFormat,
     PerBlock,
     PerChannel,
     PerGroup,
     PerTensor,
     PerToken,
     Plan,
+    QuantizerSpec,
+    Rotation,
 )
+from bittern.registry import NamedTable
 
-__all__ = ["FILE", "TENSORS", "Entry", "Manifest", "granularity_from", "granularity_to"]
+__all__ = [
+    "FILE",
+    "TENSORS",
+    "Entry",
+    "Manifest",
+    "granularity_from",
+    "granularity_to",
+    "spec_from",
+    "spec_to",
+]
 
 FILE = "manifest.json"
 TENSORS = "state.safetensors"
-SCHEMA = 1
+SCHEMA = 2
 _KINDS: dict[str, type[Granularity]] = {
     "tensor": PerTensor,
     "channel": PerChannel,
@@ -39,18 +54,14 @@ class Entry:
     Attributes:
         module: Dotted path of the module.
         slot: Name of the slot.
-        format: Name of the number format.
-        granularity: See `granularity_to`.
-        dynamic: Whether scales are computed from each tensor.
+        spec: How it is quantized, see `spec_to`.
         rule: Target string of the module rule.
         plugin: Label of the plugin that registered it.
     """
 
     module: str
     slot: str
-    format: str
-    granularity: dict[str, Any]
-    dynamic: bool
+    spec: dict[str, Any]
     rule: str
     plugin: str
 
@@ -100,6 +111,12 @@ class Manifest:
             raise CheckpointError(f"not JSON: {error}", where=str(file)) from error
         if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
             raise CheckpointError("malformed: no schema", where=str(file))
+        if data["schema"] < SCHEMA:
+            raise CheckpointError(
+                f"written by bittern {data.get('bittern')}, in a layout that is no longer read",
+                where=str(file),
+                hint="quantize the model again",
+            )
         if data["schema"] > SCHEMA:
             raise CheckpointError(
                 f"written by bittern {data.get('bittern')}, which is newer than this one",
@@ -119,7 +136,7 @@ def _check_types(manifest: Manifest) -> None:
     for entry in manifest.entries:
         for item in fields(entry):
             value = getattr(entry, item.name)
-            wanted = {"granularity": dict, "dynamic": bool}.get(item.name, str)
+            wanted = dict if item.name == "spec" else str
             if not isinstance(value, wanted):
                 raise TypeError(f"{item.name} of {entry.module} is {value!r}")
     for name in ("plugins", "aliases"):
@@ -127,8 +144,52 @@ def _check_types(manifest: Manifest) -> None:
             raise TypeError(f"{name} is no mapping")
 
 
+def spec_to(spec: QuantizerSpec) -> dict[str, Any]:
+    """Return a spec as plain data; what is left at its default is left out."""
+    found: dict[str, Any] = {
+        "format": spec.format.name,
+        "granularity": granularity_to(spec.granularity),
+    }
+    if spec.format.options:
+        found["options"] = dict(spec.format.options)
+    for name in ("dynamic", "stacked", "backend", "constant_amax"):
+        value = getattr(spec, name)
+        if value not in (None, False):
+            found[name] = value
+    if spec.rotation is not None:
+        found["rotation"] = asdict(spec.rotation)
+    if spec.affine is not None:
+        found["affine"] = {**asdict(spec.affine), "axes": list(spec.affine.axes)}
+    if spec.then is not None:
+        found["then"] = spec_to(spec.then)
+    return found
+
+
+def spec_from(data: dict[str, Any], formats: NamedTable[NumberFormat]) -> QuantizerSpec:
+    """Undo `spec_to`.
+
+    Raises:
+        CheckpointError: It is malformed, or names an unknown format.
+    """
+    rest = dict(data)
+    try:
+        number_format = with_options(formats.get(rest.pop("format")), rest.pop("options", {}))
+        granularity = granularity_from(rest.pop("granularity"))
+        rotation, affine, then = (rest.pop(name, None) for name in ("rotation", "affine", "then"))
+        return QuantizerSpec(
+            number_format,
+            granularity,
+            rotation=None if rotation is None else Rotation(**rotation),
+            affine=None if affine is None else Affine(**{**affine, "axes": tuple(affine["axes"])}),
+            then=None if then is None else spec_from(then, formats),
+            **rest,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"malformed spec {data!r}: {error}") from error
+
+
 def granularity_to(granularity: Granularity) -> dict[str, Any]:
-    """Return a granularity as ``{"kind": "group", "size": 128}``."""
+    """Return a granularity as ``{"kind": "group", "size": 128, "axis": -1}``."""
     kind = next(name for name, cls in _KINDS.items() if type(granularity) is cls)
     return {"kind": kind, **asdict(granularity)}
 
@@ -140,6 +201,8 @@ def granularity_from(data: dict[str, Any]) -> Granularity:
         CheckpointError: It is malformed.
     """
     rest = dict(data)
+    if isinstance(rest.get("axis"), list):  # JSON has no tuples
+        rest["axis"] = tuple(rest["axis"])
     try:
         found: Granularity = _KINDS[rest.pop("kind")](**rest)
     except (KeyError, TypeError) as error:
@@ -150,14 +213,6 @@ def granularity_from(data: dict[str, Any]) -> Granularity:
 def entries_of(plan: Plan) -> list[Entry]:
     """Return a plan's entries for the manifest."""
     return [
-        Entry(
-            module=e.module,
-            slot=e.slot,
-            format=e.format,
-            granularity=granularity_to(e.granularity),
-            dynamic=e.spec.dynamic,
-            rule=e.rule,
-            plugin=e.plugin,
-        )
+        Entry(module=e.module, slot=e.slot, spec=spec_to(e.spec), rule=e.rule, plugin=e.plugin)
         for e in plan.entries
     ]

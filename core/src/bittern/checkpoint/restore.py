@@ -10,14 +10,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bittern.checkpoint.manifest import TENSORS, Entry, Manifest, granularity_from
-from bittern.checkpoint.save import AMAX
+from bittern.checkpoint.manifest import TENSORS, Entry, Manifest, spec_from
+from bittern.checkpoint.save import QUANTIZERS
 from bittern.convert import convert, remember
 from bittern.errors import BitternError, CheckpointError
-from bittern.nn import named_quantizers, original_class
+from bittern.nn import named_quantizers, original_class, quantizer_keys
 from bittern.nn.computed import weight_of
 from bittern.planning import slots_of
-from bittern.records import ModuleRule, Plan, PlanEntry, QuantizerSpec
+from bittern.records import ModuleRule, Plan, PlanEntry
 from bittern.registry import ClassTable, Match, Registry
 
 __all__ = ["restore_state"]
@@ -50,22 +50,31 @@ def restore_state(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{TENSORS} cannot be read: {error}", where=str(path)) from error
     plan = _plan(model, manifest, registry, modules, where=str(path))
-    weights = {name: t for name, t in tensors.items() if not name.endswith(AMAX)}
+    weights = {name: t for name, t in tensors.items() if not name.startswith(QUANTIZERS)}
     weights |= {name: weights[kept] for name, kept in manifest.aliases.items() if kept in weights}
     _check_fit(model, weights, where=str(path))
+    states = _states(tensors, _device(model))
     undo = remember(model)
     try:
         convert(model, plan, registry)
         if after_convert is not None:
             after_convert(plan)
         for name, quantizer in named_quantizers(model):
-            value = tensors.get(name + AMAX)
-            if value is not None:
-                quantizer.set_amax(value.to(_device(model)))
+            quantizer.load_state(states.get(name, {}))
         model.load_state_dict(weights)
     except (BitternError, RuntimeError) as error:
         undo()
         raise CheckpointError(f"it does not fit this model: {error}", where=str(path)) from error
+
+
+def _states(tensors: dict[str, Tensor], device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """Return what every quantizer found out, by its name."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(QUANTIZERS):
+            name, _, local = key.removeprefix(QUANTIZERS).rpartition("/")
+            states.setdefault(name, {})[local] = value.to(device)
+    return states
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -74,7 +83,12 @@ def _device(model: nn.Module) -> torch.device:
 
 def _check_fit(model: nn.Module, weights: dict[str, Tensor], *, where: str) -> None:
     """Compare names and shapes before anything is changed."""
-    own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    learned = quantizer_keys(model)
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor) and name not in learned
+    }
     problems = [f"{name} is missing" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own]
     problems += [
@@ -114,11 +128,10 @@ def _plan(
         if slot is None:
             raise _missing(entry, where)
         try:
-            number_format = registry.formats.get(entry.format)
+            spec = spec_from(entry.spec, registry.formats)
         except BitternError as error:
             raise CheckpointError(error.what, where=where, hint=error.hint) from error
         tensor = weight_of(module, slot.tensor or slot.name) if slot.kind == "weight" else None
-        spec = QuantizerSpec(number_format, granularity_from(entry.granularity), entry.dynamic)
         entries.append(
             PlanEntry(
                 module=entry.module,

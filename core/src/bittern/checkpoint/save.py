@@ -11,11 +11,11 @@ from bittern._version import __version__
 from bittern.checkpoint.manifest import TENSORS, Manifest, entries_of
 from bittern.convert import plan_of
 from bittern.exporting import staged_directory
-from bittern.nn import named_quantizers
+from bittern.nn import named_quantizers, quantizer_keys
 
-__all__ = ["AMAX", "save_state"]
+__all__ = ["QUANTIZERS", "save_state"]
 
-AMAX = "_quantizer.amax"  # behind "module.slot"
+QUANTIZERS = "bittern.quantizers/"  # then "module.slot/" and the name of what it found out
 
 
 def save_state(model: nn.Module, path: Path) -> None:
@@ -29,8 +29,9 @@ def save_state(model: nn.Module, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
+    learned = quantizer_keys(model)
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or name in learned:
             continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in seen:
@@ -39,8 +40,8 @@ def save_state(model: nn.Module, path: Path) -> None:
         seen[key] = name
         tensors[name] = tensor.detach().cpu().contiguous()
     for name, quantizer in named_quantizers(model):
-        if quantizer.amax is not None:
-            tensors[name + AMAX] = quantizer.amax.detach().cpu().contiguous()
+        for local, value in quantizer.state().items():
+            tensors[f"{QUANTIZERS}{name}/{local}"] = value.cpu().contiguous()
     labels = {entry.plugin for entry in plan.entries} - {"bittern"}
     manifest = Manifest(
         bittern=__version__,

@@ -22,26 +22,77 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
+class RotationModel(_Strict):
+    """A rotation of the last axis before quantization.
+
+    Attributes:
+        kind: ``hadamard``, or ``given`` for a matrix that code hands to the quantizer.
+        block: Size of the blocks that are rotated.
+        back: Rotate back after quantization.
+    """
+
+    kind: Literal["hadamard", "given"] = "hadamard"
+    block: int | None = Field(default=None, gt=0)
+    back: bool = False
+
+
+class AffineModel(_Strict):
+    """A bias that is subtracted before quantization and added after it.
+
+    Attributes:
+        axes: Axes along which the bias varies.
+        method: ``mean`` or ``mid`` (half of maximum plus minimum).
+        dynamic: Compute the bias from each tensor.
+    """
+
+    axes: list[int] = Field(default_factory=lambda: [-1], min_length=1)
+    method: Literal["mean", "mid"] = "mean"
+    dynamic: bool = False
+
+
+def _as_rotation(value: Any) -> Any:
+    """``true`` and ``hadamard`` are short for a Hadamard rotation; ``false`` is none."""
+    if value is False:
+        return None
+    if value is True:
+        return {}
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class SpecModel(_Strict):
     """How one slot is quantized; ``none`` switches it off.
 
+    A list of specs is a chain: each quantizes what the one before it made.
+
     Attributes:
         format: Name of a number format.
+        options: Parameters of the format, as ``{narrow: true}`` or ``{scale_rounding: floor}``.
         granularity: Which elements share a scale; the format's own default when left out.
-        axis: Axis of ``channel``.
+        axis: Axis of ``channel``, or several of them; axis of ``group``.
         size: Group size of ``group``.
         rows: Rows of ``block``.
         cols: Columns of ``block``.
         dynamic: Compute the scale from each tensor; the default for ``token``.
+        amax: A range that is given instead of calibrated.
+        rotate: A rotation before quantization.
+        affine: A bias around quantization.
+        backend: Name of the implementation to use.
+        then: What quantizes the result again.
     """
 
     format: str
+    options: dict[str, Any] = Field(default_factory=dict)
     granularity: GranularityName | None = None
-    axis: int | None = None
+    axis: int | list[int] | None = None
     size: int | None = Field(default=None, gt=0)
     rows: int | None = Field(default=None, gt=0)
     cols: int | None = Field(default=None, gt=0)
     dynamic: bool | None = None
+    amax: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    rotate: Annotated[RotationModel | None, BeforeValidator(_as_rotation)] = None
+    affine: AffineModel | None = None
+    backend: str | None = None
+    then: Spec = None
 
     @model_validator(mode="after")
     def _fitting_options(self) -> SpecModel:
@@ -53,10 +104,14 @@ class SpecModel(_Strict):
             raise ValueError("size is for groups, rows and cols are for blocks; give one of them")
         if self.rows is not None and self.granularity not in (None, "block"):
             raise ValueError(f"rows and cols belong to granularity: block, not {self.granularity}")
-        if self.axis is not None and self.granularity != "channel":
-            raise ValueError("axis belongs to granularity: channel")
+        if self.axis is not None and self.granularity not in ("channel", "group"):
+            raise ValueError("axis belongs to granularity: channel or group")
+        if isinstance(self.axis, list) and self.granularity == "group":
+            raise ValueError("groups lie along one axis")
         if self.granularity == "block" and self.rows is None:
             raise ValueError("granularity: block needs rows and cols")
+        if self.amax is not None and self.dynamic:
+            raise ValueError("amax gives a static range; leave out dynamic: true")
         return self
 
 
@@ -64,10 +119,26 @@ def _as_spec(value: Any) -> Any:
     """``int8`` is short for ``{format: int8}``; ``none`` (and YAML's off) is None."""
     if value is False or value == "none":
         return None
+    if isinstance(value, list):
+        return _as_chain(value)
     return {"format": value} if isinstance(value, str) else value
 
 
+def _as_chain(links: list[Any]) -> Any:
+    """Return a list of specs as one spec with ``then``."""
+    chain: Any = None
+    for link in reversed(links):
+        spec = _as_spec(link)
+        if not isinstance(spec, dict):
+            raise ValueError("a chain is a list of formats or specs")
+        chain = spec if chain is None else {**spec, "then": chain}
+    if chain is None:
+        raise ValueError("a chain needs at least one format")
+    return chain
+
+
 Spec = Annotated[SpecModel | None, BeforeValidator(_as_spec)]
+SpecModel.model_rebuild()
 
 
 class MatchModel(_Strict):
@@ -153,7 +224,8 @@ class Recipe(_Strict):
         requires: Plugins that must be loaded.
         rules: In order; the later wins.
         skip: Modules that no rule may touch; a child recipe's list replaces its parent's.
-        kv_cache: Format of the KV cache. Reserved.
+        kv_cache: How keys and values of every attention are quantized, as the cache holds them:
+            the slots ``k`` and ``v``. A rule that speaks of them wins.
         algorithm: Calibration steps, left to right.
         strict: Whether a pattern that matches nothing is an error (else a warning).
     """

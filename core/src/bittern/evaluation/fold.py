@@ -42,7 +42,9 @@ def folded_weights(
 
     def switch(on: bool) -> None:
         for quantizer, parameter, original, quantized in folds:
-            quantizer.enabled = False
+            for link in quantizer.chain():
+                link.enabled = False
+            quantizer.folded = on  # a rotation or pre-scale is in the copy already
             parameter.data = quantized if on else original
 
     try:
@@ -51,4 +53,6 @@ def folded_weights(
     finally:
         for quantizer, parameter, original, _ in folds:
             parameter.data = original
-            quantizer.enabled = True
+            quantizer.folded = False
+            for link in quantizer.chain():
+                link.enabled = True

@@ -26,7 +26,9 @@ class PackedModule:
         path: Dotted path.
         module: The live module.
         weights: Parameter name to its codes and scales.
-        inputs: Slot to the scale of a static activation quantizer, float32.
+        inputs: Slot to the scale of a static activation quantizer, float32; the global scale
+            where that alone is static.
+        zero_points: Slot to the zero point of one that is asymmetric.
         quantizers: Slot to quantizer.
     """
 
@@ -34,14 +36,16 @@ class PackedModule:
     module: QuantModule
     weights: Mapping[str, Quantized]
     inputs: Mapping[str, Tensor]
+    zero_points: Mapping[str, Tensor]
     quantizers: Mapping[str, TensorQuantizer]
 
 
 def check_calibrated(model: nn.Module) -> None:
-    """Raise if a static quantizer has no scale.
+    """Raise if codes and scales of a model would not be what it computes.
 
     Raises:
-        ExportError: With the first names and what to do.
+        ExportError: A static quantizer has no scale, one is switched off, or one does more than
+            rounding; with the first names and what to do.
     """
     missing = [name for name, q in named_quantizers(model) if not q.calibrated]
     if missing:
@@ -50,6 +54,23 @@ def check_calibrated(model: nn.Module) -> None:
             f"{len(missing)} quantizers saw no data: {some}",
             hint="calibrate with data that reaches them, or switch their slot off in the recipe",
         )
+    off = [name for name, q in named_quantizers(model) if not q.enabled]
+    if off:
+        raise ExportError(
+            f"{_few(off)} switched off: the files would hold what the model does not compute",
+            hint="enable them, or switch their slots off in the recipe",
+        )
+    more = [n for n, q in named_quantizers(model) if q.transforms is not None or q.then is not None]
+    if more:
+        raise ExportError(
+            f"{_few(more)} chained, rotated, scaled before or biased, which no file format holds",
+            hint="bittern.save keeps all of it; to export, use a recipe without",
+        )
+
+
+def _few(names: list[str]) -> str:
+    some = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return f"{some} {'is' if len(names) == 1 else 'are'}"
 
 
 def packed_modules(
@@ -60,6 +81,7 @@ def packed_modules(
         slots = module.slots()
         weights: dict[str, Quantized] = {}
         inputs: dict[str, Tensor] = {}
+        zero_points: dict[str, Tensor] = {}
         with access(module, write=False):
             for slot, quantizer in slots.items():
                 if quantizer.tensor is not None:
@@ -67,9 +89,13 @@ def packed_modules(
                     assert tensor is not None
                     packed = quantize(tensor.detach(), quantizer.spec, quantizer.scales)
                     weights[quantizer.tensor] = packed
-                elif quantizer.scale is not None:
-                    inputs[slot] = quantizer.scale
-        yield PackedModule(path, module, weights, inputs, slots)
+                    continue
+                scale = quantizer.global_scale if quantizer.block_dynamic else quantizer.scale
+                if scale is not None:
+                    inputs[slot] = scale
+                if quantizer.zero_point is not None:
+                    zero_points[slot] = quantizer.zero_point
+        yield PackedModule(path, module, weights, inputs, zero_points, slots)
 
 
 def plain_tensors(model: nn.Module, plan: Plan, *, dtype: str | None) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Core's own export: one safetensors file and bittern.json. Needs no framework on either side.
 
-Layout: ``{path}.{tensor}`` holds the codes (int8, or the float8 dtype; int4 codes one per byte),
-``{path}.{tensor}_scale`` the float32 scales, ``{path}.{slot}_scale`` those of static activation
-quantizers; every other tensor keeps its name.
+Layout: ``{path}.{tensor}`` holds the codes, one per byte (int8, uint8, or the float8 dtype),
+``{path}.{tensor}_scale`` the float32 scales, and where the format has them ``_zero_point`` and
+``_global_scale``; ``{path}.{slot}_scale`` and ``_zero_point`` are those of static activation
+quantizers. Every other tensor keeps its name.
 """
 
 from __future__ import annotations
@@ -39,9 +40,15 @@ def write_plain(model: nn.Module, path: Path, context: ExportContext) -> Written
         for name, weight in item.weights.items():
             added[f"{prefix}{name}"] = weight.codes
             added[f"{prefix}{name}_scale"] = weight.scales.scale.contiguous()
+            if weight.scales.zero_point is not None:
+                added[f"{prefix}{name}_zero_point"] = weight.scales.zero_point.contiguous()
+            if weight.scales.global_scale is not None:
+                added[f"{prefix}{name}_global_scale"] = weight.scales.global_scale.contiguous()
             simulated[f"{prefix}{name}"] = checksum(dequantize(weight).float())
         for slot, scale in item.inputs.items():
             added[f"{prefix}{slot}_scale"] = scale.contiguous()
+        for slot, zero in item.zero_points.items():
+            added[f"{prefix}{slot}_zero_point"] = zero.contiguous()
         for name in added.keys() & tensors.keys():
             raise ExportError(
                 f"the model has a tensor {name!r} of its own, the name of our scale",

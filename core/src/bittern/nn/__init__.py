@@ -1,11 +1,13 @@
 """TensorQuantizer and the quantized modules."""
 
 from bittern.nn.experts import Experts
+from bittern.nn.functional import MatMul, ScaledDotProductAttention
 from bittern.nn.module import (
     QuantModule,
     named_quant_modules,
     named_quantizers,
     original_class,
+    quantizer_keys,
     quantizers_off,
     restore_class,
 )
@@ -13,11 +15,14 @@ from bittern.nn.quantizer import TensorQuantizer
 
 __all__ = [
     "Experts",
+    "MatMul",
     "QuantModule",
+    "ScaledDotProductAttention",
     "TensorQuantizer",
     "named_quant_modules",
     "named_quantizers",
     "original_class",
+    "quantizer_keys",
     "quantizers_off",
     "restore_class",
 ]

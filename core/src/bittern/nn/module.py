@@ -21,6 +21,7 @@ __all__ = [
     "named_quant_modules",
     "named_quantizers",
     "original_class",
+    "quantizer_keys",
     "quantizers_off",
     "restore_class",
     "swap_class",
@@ -115,6 +116,16 @@ def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
             path = f"{name}.{slot}" if name else slot
             for step, link in enumerate(quantizer.chain()):
                 yield path + ".then" * step, link
+
+
+def quantizer_keys(model: nn.Module) -> set[str]:
+    """Return the ``state_dict`` keys that are learned ranges, and not the original model's."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, TensorQuantizer)
+        for name, _ in module.named_parameters(recurse=False)
+    }
 
 
 @contextmanager

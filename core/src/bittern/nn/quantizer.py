@@ -54,6 +54,8 @@ class TensorQuantizer(nn.Module):
 
     Attributes:
         enabled: Whether tensors are quantized.
+        folded: Whether the weight holds the result of all it does already, for a while: then it
+            does nothing.
         observer: Collects statistics while calibration runs.
         amax: Largest magnitude that is represented, float32, in the granularity's shape; one per
             expert for a stacked activation.
@@ -90,6 +92,7 @@ class TensorQuantizer(nn.Module):
         self.tensor = tensor
         self.kernels = kernels
         self.enabled = True
+        self.folded = False
         self.observer: Observer | None = None
         self.codec = codec_of(spec.format)  # what does not resolve fails here, not in a forward
         for buffer in BUFFERS:
@@ -306,6 +309,8 @@ class TensorQuantizer(nn.Module):
             x: The tensor.
             experts: Which rows belong to which expert, for stacked activations.
         """
+        if self.folded:
+            return x
         if self.observer is not None:
             self.observe(x, experts)
             return self._passed(x, experts)

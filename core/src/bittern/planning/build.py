@@ -10,17 +10,23 @@ from itertools import chain
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bittern.config import Recipe, SpecModel
+from bittern.config import MatchModel, Recipe, SpecModel
 from bittern.errors import ModelError, NumericsError, PlanError, RecipeError
-from bittern.nn import original_class
+from bittern.nn import TensorQuantizer, original_class
 from bittern.nn.computed import sources_of, weight_of
+from bittern.nn.transforms import Transforms
 from bittern.numerics import scale_shape
+from bittern.numerics.layout import check_dtype
 from bittern.planning.match import Matcher
 from bittern.planning.specs import resolve_spec
 from bittern.records import ModelAdapter, ModuleRule, Plan, PlanEntry, Slot
 from bittern.registry import ClassTable, Match, NoMatch, Registry, nearest, resolve
 
 __all__ = ["build_plan", "slots_of"]
+
+
+# What has a KV cache: torch's attention, and what a plugin's rule says is like one.
+ATTENTION = {"class": ["MultiheadAttention", "Attention"]}
 
 
 @dataclass
@@ -85,8 +91,9 @@ def build_plan(
         for i, rule in enumerate(recipe.rules)
     ]
     skips = [_Rule(Matcher(match), {}, f"skip {i}: {match}") for i, match in enumerate(recipe.skip)]
-    if recipe.kv_cache is not None:
-        raise RecipeError("kv_cache is not supported by this version", hint="leave out kv_cache")
+    if recipe.kv_cache is not None:  # first, so that a rule about k or v wins
+        cache = {"k": recipe.kv_cache, "v": recipe.kv_cache}
+        rules.insert(0, _Rule(Matcher(MatchModel.model_validate(ATTENTION)), cache, "kv_cache"))
     entries: list[PlanEntry] = []
     skipped: dict[str, str] = {}
     classes: dict[str, str] = {}
@@ -188,10 +195,8 @@ def slots_of(match: Match[ModuleRule], module: nn.Module) -> tuple[Slot, ...]:
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the model's modules, without the quantizers that conversion added."""
-    from bittern.nn import TensorQuantizer
-
     for path, module in model.named_modules():
-        if not isinstance(module, TensorQuantizer):
+        if not isinstance(module, TensorQuantizer | Transforms):
             yield path, module
 
 
@@ -263,6 +268,7 @@ def _entries(
         whole = resolve_spec(spec, slot, registry.formats, where=label)
         if isinstance(tensor, Tensor):
             try:
+                check_dtype(tensor)
                 scale_shape(tensor.shape, whole.granularity)
             except NumericsError as error:
                 raise RecipeError(

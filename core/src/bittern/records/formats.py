@@ -35,6 +35,7 @@ class NumberFormat:
         scale_bits: Bits of one stored scale.
         zero_point_bits: Bits of one stored zero point, beside every scale.
         tensor_bits: Bits stored once per tensor, as the global scale of nvfp4.
+        options: What a recipe changed of ``params``.
         block_only: Whether its scales are per group or block, and nothing coarser.
         weight_granularity: Granularity of weights where a recipe does not say.
         input_granularity: Granularity of activations where a recipe does not say.
@@ -45,6 +46,7 @@ class NumberFormat:
     bits: int
     codec: str
     params: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     kind: str = "int"
     scale_bits: int = 32
     zero_point_bits: int = 0
@@ -127,7 +129,9 @@ class QuantizerSpec:
     then: QuantizerSpec | None = None
 
     def __str__(self) -> str:
-        parts = [f"{self.format.name}/{self.granularity}" + ("/dynamic" if self.dynamic else "")]
+        changed = ",".join(f"{name}={value}" for name, value in self.format.options.items())
+        name = f"{self.format.name}({changed})" if changed else self.format.name
+        parts = [f"{name}/{self.granularity}" + ("/dynamic" if self.dynamic else "")]
         parts += [f"amax {self.constant_amax:g}"] if self.constant_amax is not None else []
         parts += [f"rotated {self.rotation}"] if self.rotation is not None else []
         parts += [f"affine {self.affine}"] if self.affine is not None else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from compressed_tensors.compressors.base import COMPRESSIBLE_MODULE_TYPES
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.config import CompressionFormat
@@ -18,7 +19,9 @@ from torch import nn
 from bittern.errors import ExportError
 from bittern.exporting import ExportContext
 from bittern.nn import original_class
+from bittern.numerics import FloatCodec, IntCodec, codec_of
 from bittern.records import (
+    NumberFormat,
     PerBlock,
     PerChannel,
     PerGroup,
@@ -30,9 +33,6 @@ from bittern.records import (
 )
 
 __all__ = ["check", "make_config", "module_schemes"]
-
-# On the element kinds that the client decodes to the very values that were simulated.
-_FORMATS = {"int": range(2, 9), "float": range(8, 9)}
 
 
 def check(model: nn.Module, context: ExportContext) -> None:
@@ -113,18 +113,23 @@ def _scheme(path: str, slots: Mapping[str, PlanEntry], cls: type) -> Quantizatio
     return scheme
 
 
+def _holds(number: NumberFormat) -> bool:
+    """Whether the client decodes a format to the very values that were simulated."""
+    codec = codec_of(number)
+    if isinstance(codec, IntCodec):
+        return not (codec.narrow or codec.unsigned or codec.asymmetric)
+    return isinstance(codec, FloatCodec) and codec.storage == torch.float8_e4m3fn
+
+
 def _args(entry: PlanEntry) -> QuantizationArgs:
     spec = entry.spec
     number = spec.format
-    if number.bits not in _FORMATS.get(number.kind, ()) or dict(number.params).get("narrow"):
+    if not _holds(number):
         raise ExportError(
-            f"compressed-tensors has no element format {number.name!r}",
+            f"compressed-tensors has no element format {number.name!r}"
+            + (f" with {dict(number.options)}" if number.options else ""),
             where=entry.path,
             hint="int2 to int8 and fp8 fit; or use --format safetensors",
-        )
-    if number.kind == "float" and number.params.get("dtype") != "float8_e4m3fn":
-        raise ExportError(
-            f"compressed-tensors has no element format {number.name!r}", where=entry.path
         )
     settings: dict[str, object] = {
         "num_bits": number.bits,
