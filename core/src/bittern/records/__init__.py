@@ -7,6 +7,7 @@ from bittern.records.adapters import (
     ModelAdapter,
     ParallelState,
 )
+from bittern.records.attention import ATTENTION_SLOTS
 from bittern.records.formats import Affine, NumberFormat, QuantizerSpec, Rotation
 from bittern.records.granularity import (
     Granularity,
@@ -30,6 +31,7 @@ from bittern.records.steps import Algorithm, Exporter, KernelRule, Mode, RecipeS
 from bittern.records.traces import Coverage, Fold, Group, Member
 
 __all__ = [
+    "ATTENTION_SLOTS",
     "Affine",
     "Algorithm",
     "CalibrationSummary",
