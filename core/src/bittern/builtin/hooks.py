@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from bittern.builtin.attention import ATTENTION_RULES
+from bittern.builtin.attention import ATTENTION_RULES, projections_read_elsewhere
 from bittern.builtin.formats import FORMATS
 from bittern.builtin.modules import MODULE_RULES
 from bittern.hooks import hookimpl
@@ -26,6 +26,20 @@ if TYPE_CHECKING:
 def register_modules() -> tuple[ModuleRule, ...]:
     """The layers of torch.nn that hold weights, and those that can quantize what goes through."""
     return (*MODULE_RULES, *ATTENTION_RULES)
+
+
+@hookimpl
+def discover_modules(model: nn.Module) -> list[ModuleRule]:
+    """Refuse output projections that the attention of a model may not call."""
+    return projections_read_elsewhere(model)
+
+
+@hookimpl
+def after_convert(model: nn.Module) -> None:
+    """Make the fused layers of torch.nn call their converted children."""
+    from bittern.nn.fused import call_children
+
+    call_children(model)
 
 
 @hookimpl

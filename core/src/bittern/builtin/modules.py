@@ -71,11 +71,6 @@ MODULE_RULES: tuple[ModuleRule, ...] = (
         slots=(WEIGHT, INPUT, OUTPUT),
     ),
     ModuleRule(
-        target="torch.nn.modules.linear:NonDynamicallyQuantizableLinear",
-        quantized=None,
-        reason="nn.MultiheadAttention reads its weight without calling it",
-    ),
-    ModuleRule(
         target="torch.nn.modules.linear:Bilinear",
         quantized="bittern.nn.linear:QuantBilinear",
         slots=(
