@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from bittern.calibration.bias import calibrate_biases
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.observe import observe_max
 from bittern.calibration.shared import share_ranges
@@ -87,6 +88,8 @@ def activations_at_max(
     quantizers: Mapping[str, TensorQuantizer],
     forward: Forward,
     context: CalibrationContext,
+    *,
+    biases: bool = True,
 ) -> None:
     """Run the data once and give each quantizer the largest magnitude it saw.
 
@@ -95,10 +98,13 @@ def activations_at_max(
         quantizers: Static activation quantizers by name.
         forward: Runs the data.
         context: Services.
+        biases: Whether static biases are still to be found, in a pass before.
 
     Raises:
         CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
     """
+    if biases:
+        calibrate_biases(model, quantizers, forward, context)
     watched = {name: (q, q.extremes) for name, q in quantizers.items()}
     for name, value in observe_max(model, watched, forward, context).items():
         if value is not None:

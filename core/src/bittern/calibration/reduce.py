@@ -103,7 +103,7 @@ def reduce_max(
     parts: list[Tensor] = []
     for name, shape in common.items():
         value = values[name]
-        value = torch.zeros(shape) if value is None else value  # amax is never negative
+        value = torch.full(shape, -torch.inf) if value is None else value  # another rank has one
         parts.append(value.float().to(device).reshape(-1))
     flat = torch.cat(parts)
     dist.all_reduce(flat, op=dist.ReduceOp.MAX)

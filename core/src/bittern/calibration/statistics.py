@@ -13,6 +13,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from bittern.calibration.bias import calibrate_biases
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.estimators import (
     check_percentile,
@@ -152,6 +153,7 @@ def _activations(
     bins: int | None,
 ) -> None:
     static = static_activations(model)
+    calibrate_biases(model, static, forward, context)
     counted = {name: q for name, q in static.items() if _has_histogram(q)}
     if counted:
         for name, found in observe_histograms(model, counted, forward, context, bins=bins).items():
@@ -160,7 +162,7 @@ def _activations(
         share_ranges(model, context)
     others = {name: q for name, q in static.items() if name not in counted}
     if others:
-        activations_at_max(model, others, forward, context)
+        activations_at_max(model, others, forward, context, biases=False)
 
 
 def _has_histogram(quantizer: TensorQuantizer) -> bool:
