@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,19 +13,21 @@ from torch import Tensor
 from bittern.errors import NumericsError
 from bittern.numerics import (
     Quantized,
+    Range,
     Scales,
-    amax,
     codec_of,
     dequantize,
     fake_quantize,
+    measure,
     quantize,
     scale_shape,
-    scales_from_amax,
+    scales_for,
 )
 from bittern.records import (
     Granularity,
     NumberFormat,
     PerBlock,
+    PerChannel,
     PerGroup,
     PerTensor,
     QuantizerSpec,
@@ -41,8 +44,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class FormatConformance(Conformance):
     """Number formats: the law of core's numerics, in every granularity the format defaults to.
 
+    Formats of two levels, asymmetric, unsigned and fitted ones are tried with the scales they have:
+    both ends of a range, a global scale, numbers that are not negative.
+
     Attributes:
-        granularities: Further granularities to try.
+        granularities: Further granularities to try; only groups and blocks where a format has no
+            other scales (``NumberFormat.block_only``).
         examples: How many tensors Hypothesis makes per test, format and granularity.
     """
 
@@ -57,6 +64,8 @@ class FormatConformance(Conformance):
         for item in formats:
             defaults = (item.weight_granularity, item.input_granularity)
             for granularity in (*defaults, *cls.granularities):
+                if item.block_only and not isinstance(granularity, PerGroup | PerBlock):
+                    continue
                 spec = QuantizerSpec(item, granularity)
                 found[f"{item.name}-{granularity}"] = spec
         return {"spec": list(found.items())}
@@ -74,7 +83,7 @@ class FormatConformance(Conformance):
         self._explore(spec, judge)
         for dtype in DTYPES:
             for _, x in adversarial(dtype):
-                judge(x)
+                judge(_allowed(x, spec))
 
     def test_zeros_stay_zeros(self, spec: QuantizerSpec) -> None:
         """Protects users from padding, and experts without tokens, that become NaN."""
@@ -96,10 +105,13 @@ class FormatConformance(Conformance):
             check(packed.codes.dtype == codec.storage, f"codes are {packed.codes.dtype}")
             check(packed.codes.shape == x.shape, f"codes have the shape {packed.codes.shape}")
             rows = packed.codes.contiguous().view(torch.uint8).reshape(-1, width // 8)
-            seen.update(map(bytes, rows.tolist()))
-            largest = codec.load(packed.codes).abs().max()
-            limit = codec.max_value + 1  # two's complement has one more below zero
-            check(bool(largest <= limit), f"the code {float(largest)} is beyond {limit}")
+            seen.update(map(bytes, np.unique(rows.numpy(), axis=0).tolist()))
+            low, high = (float(value) for value in torch.aminmax(codec.load(packed.codes)))
+            ends = f"{codec.min_value:g} and {codec.max_value:g}"
+            check(
+                codec.min_value <= low <= high <= codec.max_value,
+                f"codes stand for {low:g} to {high:g}, the grid ends at {ends}",
+            )
 
         self._explore(spec, judge)
         check(
@@ -133,21 +145,21 @@ class FormatConformance(Conformance):
 
     def test_rounding_is_monotone(self, spec: QuantizerSpec) -> None:
         """Protects users from a larger number that becomes a smaller one."""
-        count = {PerGroup: 16, PerBlock: 8}.get(type(spec.granularity), 64)
 
         def judge(x: Tensor) -> None:
-            ordered = x.flatten().sort().values.reshape(1, -1)  # one row has one scale
+            ordered = x.flatten().sort().values.reshape(x.shape)  # which has one scale
             found = fake_quantize(ordered, spec)
             steps = found.flatten().diff()
             check(bool((steps >= 0).all()), f"not monotone: {ordered.tolist()} -> {found.tolist()}")
 
-        self._explore(spec, judge, shape=(1, self._one_scale(spec, count)))
+        self._explore(spec, judge, shape=_one_scale(spec.granularity))
 
     def test_rounding_is_to_the_nearest(self, spec: QuantizerSpec) -> None:
         """Protects users from errors twice as large as the grid's, as truncation makes them."""
         x = torch.linspace(-1, 1, 4096).reshape(-1, 64)
+        x = _allowed(x, spec)
         ones = torch.ones(scale_shape(x.shape, spec.granularity))  # one grid for all
-        found = fake_quantize(x, spec, scales_from_amax(ones, spec))
+        found = fake_quantize(x, spec, scales_for(_range(ones, spec), spec))
         grid = torch.tensor(sorted(set(found.flatten().tolist())))
         nearest = (x.flatten()[:, None] - grid).abs().min(dim=1).values
         excess = (found - x).abs().flatten() - nearest
@@ -174,19 +186,22 @@ class FormatConformance(Conformance):
 
     def test_values_beyond_the_range_saturate(self, spec: QuantizerSpec) -> None:
         """Protects users from an outlier that wraps around, or becomes NaN."""
-        x = torch.linspace(-1, 1, 64).repeat(8, 1)
+        x = _allowed(torch.linspace(-1, 1, 64).repeat(8, 1), spec)
         scales = self._scales(x, spec)
         found = fake_quantize(x * 1e6, spec, scales)
         check(bool(found.isfinite().all()), "values beyond the range become NaN or Inf")
         check(bool((found.sign() == x.sign()).all()), "values beyond the range change their sign")
-        limit = 1.0 + 2.0 / 2 ** (spec.format.bits - 1)
-        check(
-            float(found.abs().max()) <= limit, f"a range of 1 gives {float(found.abs().max()):.3g}"
-        )
+        codec = codec_of(spec.format)
+        extent = torch.tensor([codec.min_value, codec.max_value])
+        if scales.zero_point is not None:
+            extent = extent - scales.zero_point.flatten()[0]
+        largest, limit = float(found.abs().max()), float(extent.abs().max() * scales.step.max())
+        check(largest <= limit, f"a grid that ends at {limit:.3g} gives {largest:.3g}")
+        check(largest >= 0.5, f"a range of 1 saturates at {largest:.3g}")
 
     def test_nan_propagates_and_is_not_packed(self, spec: QuantizerSpec) -> None:
         """Protects users from a NaN that becomes a number, on the way or on disk."""
-        x = torch.linspace(-1, 1, 64).repeat(8, 1)
+        x = _allowed(torch.linspace(-1, 1, 64).repeat(8, 1), spec)
         scales = self._scales(x, spec)
         x[2, 5] = float("nan")
         found = fake_quantize(x, spec, scales)
@@ -202,9 +217,13 @@ class FormatConformance(Conformance):
         for shape in ((64, 256), (8, 16, 128)):
             packed: Quantized = quantize(torch.ones(shape), spec)
             numel = packed.codes.numel()
-            scales = packed.scales.scale.numel() * spec.format.scale_bits
+            parts = packed.scales
+            stored = spec.format.bits * numel + spec.format.scale_bits * parts.scale.numel()
+            if parts.zero_point is not None:
+                stored += spec.format.zero_point_bits * parts.zero_point.numel()
+            if parts.global_scale is not None:
+                stored += spec.format.tensor_bits * parts.global_scale.numel()
             promised = spec.bits_per_element(shape) * numel
-            stored = spec.format.bits * numel + scales
             check(
                 abs(promised - stored) <= 64,  # one further scale per tensor
                 f"{shape}: {promised / numel:.4f} bits per element are promised, "
@@ -214,7 +233,11 @@ class FormatConformance(Conformance):
     # --- helpers ---
 
     def _scales(self, x: Tensor, spec: QuantizerSpec, factor: float = 1.0) -> Scales:
-        return scales_from_amax(amax(x, spec.granularity) * factor, spec)
+        found = measure(x, spec)
+        amin, whole = (
+            None if part is None else part * factor for part in (found.amin, found.global_amax)
+        )
+        return scales_for(Range(found.amax * factor, amin, whole), spec, x)
 
     def _explore(
         self,
@@ -229,17 +252,34 @@ class FormatConformance(Conformance):
         self.subject().need_loaded()
         wanted = shapes(spec.granularity) if shape is None else st.just(shape)
         made = tensors(dtypes=dtypes, shape=wanted, finite=True)
-        explore(made.map(_tamed) if tame else made, judge, examples=self.examples)
+        made = made.map(lambda x: _allowed(_tamed(x) if tame else x, spec))
+        explore(made, judge, examples=self.examples)
 
-    @staticmethod
-    def _one_scale(spec: QuantizerSpec, count: int) -> int:
-        """Return the columns of a row that shares one scale."""
-        match spec.granularity:
-            case PerGroup(size=size):
-                return min(size, 64)
-            case PerBlock(cols=cols):
-                return min(cols, 64)
-        return count
+
+def _one_scale(granularity: Granularity) -> tuple[int, ...]:
+    """Return a shape whose elements share one scale."""
+    match granularity:
+        case PerGroup(size=size, axis=axis) if axis not in (-1, 1):
+            return (min(size, 64), 1)
+        case PerGroup(size=size):
+            return (1, min(size, 64))
+        case PerBlock(rows=rows, cols=cols):
+            return (min(rows, 8), min(cols, 64))
+        case PerChannel(axes=axes):
+            rank = max(2, *(axis + 1 if axis >= 0 else -axis for axis in axes))
+            keep = {axis % rank for axis in axes}
+            return tuple(1 if dim in keep else 64 for dim in range(rank))
+    return (1, 64)
+
+
+def _range(ones: Tensor, spec: QuantizerSpec) -> Range:
+    """Return the range from -1 to 1, or from 0, for every scale."""
+    return Range(ones, amin=-ones if codec_of(spec.format).asymmetric else None)
+
+
+def _allowed(x: Tensor, spec: QuantizerSpec) -> Tensor:
+    """Return what an unsigned format takes, too."""
+    return x if codec_of(spec.format).signed else x.abs()
 
 
 def _tamed(x: Tensor) -> Tensor:
