@@ -71,6 +71,7 @@ class TestModules(ModuleConformance):
 class TestFormats(FormatConformance):
     hooks = CORE
     granularities = (PerTensor(), PerChannel(0), PerToken(), PerGroup(16), PerBlock(4, 8))
+    examples = 6  # of very many formats; tests/unit/numerics/test_law.py looks further
 
 
 class TestAlgorithms(AlgorithmConformance):
