@@ -22,10 +22,14 @@ class QuantInOut(QuantModule):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the original makes of the quantized input, quantized."""
-        found = super().forward(self.quantize("input", input), *args, **kwargs)
+        inplace = getattr(self, "inplace", False)
+        given = self.quantize("input", input)
+        if inplace and given is input and self.quantizer("output") is not None:
+            given = input.clone()  # autograd keeps what the layer writes: nobody may round it
+        found = super().forward(given, *args, **kwargs)
         if isinstance(found, tuple):
             return (self.quantize("output", found[0]), *found[1:])
         result = self.quantize("output", found)
-        if getattr(self, "inplace", False) and result is not input:
+        if inplace and result is not input:
             return input.copy_(result)  # the caller may go on with its own tensor
         return result

@@ -139,7 +139,7 @@ class QuantRecurrent(QuantModule):
             self._update_flat_weights()
             own = self._flat_weights
             quantized = [
-                self.quantize(name, weight) if weight is not None else None
+                _flagged(self.quantize(name, weight), weight) if weight is not None else None
                 for name, weight in zip(self._flat_weights_names, own, strict=True)
             ]
             changed = any(a is not b for a, b in zip(quantized, own, strict=True))
@@ -279,8 +279,23 @@ CELLS: dict[str, Cell] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RE
 
 def _active(quantizer: TensorQuantizer) -> bool:
     """Whether a quantizer looks at its tensor, or changes it."""
-    on = quantizer.observer is not None or (quantizer.enabled and quantizer.calibrated)
-    return on or getattr(quantizer, "transforms", None) is not None
+    return any(
+        link.observer is not None
+        or link.transforms is not None
+        or (link.enabled and link.calibrated)
+        for link in quantizer.chain()
+    )
+
+
+def _flagged(quantized: Tensor, weight: Tensor) -> Tensor:
+    """Return ``quantized`` with the flag of ``weight``: matmul takes another way without it.
+
+    Without gradients a quantized weight does not require any, and the result would differ in the
+    last bit from that of a parameter with the same values.
+    """
+    if quantized is weight or quantized.requires_grad == weight.requires_grad:
+        return quantized
+    return quantized.detach().requires_grad_(weight.requires_grad)
 
 
 def _joined(new: Tensor, old: Tensor) -> Tensor:
