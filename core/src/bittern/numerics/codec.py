@@ -7,6 +7,7 @@ codec is; the grids themselves are in integers.py, floats.py and their neighbors
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -119,7 +120,8 @@ def linear_scale(amax: Tensor, max_value: float) -> Tensor:
     amax = amax.float()
     scale = (amax / max_value).clamp_min(SMALLEST)
     # float32(amax / max) may be rounded up, so that max times it would be Inf for the largest amax
-    limit = torch.nextafter(torch.tensor(LARGEST / max_value), torch.tensor(0.0)).item()
+    mantissa, exponent = math.frexp(LARGEST / max_value)
+    limit = math.ldexp(math.floor(math.ldexp(mantissa, 24)), exponent - 24)  # a float32, cut off
     scale = torch.where(amax <= LARGEST, scale.clamp_max(limit), scale)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
