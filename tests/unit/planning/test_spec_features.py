@@ -176,3 +176,13 @@ def test_a_weight_that_holds_codes_already_is_named() -> None:
     broken[0].weight = nn.Parameter(torch.ones(32, 64, dtype=torch.int8), requires_grad=False)
     with pytest.raises(RecipeError, match=r"0\.weight: cannot quantize a tensor of dtype"):
         bt.plan(broken, recipe(weight="int8"))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_torch_compile_takes_it_in_one_graph(name: str) -> None:
+    quantized, data = model(), batches()
+    bt.quantize(quantized, EVERY[name], data=data)
+    torch._dynamo.reset()
+    compiled = torch.compile(quantized, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(data[0]), quantized(data[0]))
