@@ -120,7 +120,7 @@ def linear_scale(amax: Tensor, max_value: float) -> Tensor:
     amax = amax.float()
     scale = (amax / max_value).clamp_min(SMALLEST)
     # float32(amax / max) may be rounded up, so that max times it would be Inf for the largest amax
-    mantissa, exponent = math.frexp(LARGEST / max_value)
+    mantissa, exponent = math.frexp(min(LARGEST / max_value, LARGEST))
     limit = math.ldexp(math.floor(math.ldexp(mantissa, 24)), exponent - 24)  # a float32, cut off
     scale = torch.where(amax <= LARGEST, scale.clamp_max(limit), scale)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
