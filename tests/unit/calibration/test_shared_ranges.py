@@ -66,3 +66,46 @@ def test_without_a_trace_everybody_keeps_what_it_saw(
     found = ranges(model)
     assert found["a"] == float(data[1].abs().max())
     assert found["b"] == float(data[0].abs().max())
+
+
+NVFP4 = {"rules": [{"match": {"class": "Linear"}, "weight": "nvfp4", "input": "nvfp4"}]}
+
+
+class Projections(nn.Module):
+    """Three linears read one tensor; a fourth reads another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        with torch.no_grad():
+            self.k.weight.mul_(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.q(x) + self.k(x) * self.v(x))
+
+
+def globals_of(model: nn.Module, slot: str) -> dict[str, float]:
+    return {
+        name.partition(".")[0]: float(quantizer.global_amax)
+        for name, quantizer in named_quantizers(model)
+        if name.endswith(slot) and quantizer.global_amax is not None
+    }
+
+
+def test_weights_that_read_one_tensor_share_the_largest_global_scale(toolkit: Toolkit) -> None:
+    torch.manual_seed(0)
+    model = Projections().eval()
+    own = {name: float(getattr(model, name).weight.abs().max()) for name in "qkvo"}
+    toolkit.quantize(model, NVFP4, [torch.randn(4, 32)])
+    assert globals_of(model, ".weight") == {**dict.fromkeys("qkv", own["k"]), "o": own["o"]}
+    inputs = globals_of(model, ".input")
+    assert inputs["q"] == inputs["k"] == inputs["v"] != inputs["o"]
+
+
+def test_sharing_can_be_switched_off(toolkit: Toolkit) -> None:
+    torch.manual_seed(0)
+    model = Projections().eval()
+    own = {name: float(getattr(model, name).weight.abs().max()) for name in "qkvo"}
+    recipe = {**NVFP4, "algorithm": {"max": {"share": False}}}
+    toolkit.quantize(model, recipe, [torch.randn(4, 32)])
+    assert globals_of(model, ".weight") == own

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bittern.calibration.bias import calibrate_biases
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.observe import observe_max
-from bittern.calibration.shared import share_ranges
+from bittern.calibration.shared import share_global_scales, share_ranges
 from bittern.errors import CalibrationError, NumericsError
 from bittern.nn import TensorQuantizer, named_quant_modules, named_quantizers
 from bittern.records import Plan
@@ -24,7 +24,12 @@ __all__ = ["activations_at_max", "fill_unseen", "run_max", "static_activations"]
 
 
 def run_max(
-    model: nn.Module, plan: Plan, forward: Forward | None, context: CalibrationContext
+    model: nn.Module,
+    plan: Plan,
+    forward: Forward | None,
+    context: CalibrationContext,
+    *,
+    share: bool = True,
 ) -> None:
     """Set the amax of every static quantizer.
 
@@ -33,13 +38,17 @@ def run_max(
         plan: Its plan.
         forward: Runs the data; ``None`` when there is none.
         context: Services.
+        share: Whether the modules that read one tensor get one input range, and one global scale
+            of their weights (nvfp4).
 
     Raises:
         CalibrationError: NaN or Inf in a weight or an activation; names the module and the batch.
     """
     _weights(model, context)
+    if share:
+        share_global_scales(model, context)
     if forward is not None and plan.needs_data:
-        activations_at_max(model, static_activations(model), forward, context)
+        activations_at_max(model, static_activations(model), forward, context, share=share)
 
 
 def _weights(model: nn.Module, context: CalibrationContext) -> None:
@@ -90,6 +99,7 @@ def activations_at_max(
     context: CalibrationContext,
     *,
     biases: bool = True,
+    share: bool = True,
 ) -> None:
     """Run the data once and give each quantizer the largest magnitude it saw.
 
@@ -99,6 +109,7 @@ def activations_at_max(
         forward: Runs the data.
         context: Services.
         biases: Whether static biases are still to be found, in a pass before.
+        share: Whether inputs that are one tensor get one range.
 
     Raises:
         CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
@@ -111,4 +122,5 @@ def activations_at_max(
             quantizer = quantizers[name]
             filled = fill_unseen(value) if quantizer.per_expert else value
             quantizer.set_range(quantizer.extremes.range_of(filled))
-    share_ranges(model, context)
+    if share:
+        share_ranges(model, context)

@@ -1,4 +1,4 @@
-"""One range for the inputs that are one tensor, as the trace knows them."""
+"""One range for what is one tensor, or will be: inputs and fused weights, as the trace knows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from bittern.calibration.context import CalibrationContext
-from bittern.nn import QuantModule, TensorQuantizer
+from bittern.nn import QuantModule, TensorQuantizer, named_quantizers
 from bittern.numerics import Range
 
-__all__ = ["share_ranges"]
+__all__ = ["share_global_scales", "share_ranges"]
 
 
 def share_ranges(model: nn.Module, context: CalibrationContext) -> None:
@@ -19,7 +19,7 @@ def share_ranges(model: nn.Module, context: CalibrationContext) -> None:
     """
     trace = context.trace()
     for group in trace.shared_inputs if trace is not None else ():
-        inputs = [q for name in group if (q := _input(model, name)) is not None]
+        inputs = [q for name in group if (q := _slot(model, name, "input")) is not None]
         for one in inputs:
             own = one.range
             if own is None:
@@ -27,6 +27,35 @@ def share_ranges(model: nn.Module, context: CalibrationContext) -> None:
             alike = (q.range for q in inputs if q.spec == one.spec and q.range is not None)
             same = [values for values in alike if values.amax.shape == own.amax.shape]
             one.set_range(_union(own, same))
+
+
+def share_global_scales(model: nn.Module, context: CalibrationContext) -> None:
+    """Give the weights that read one tensor (q, k and v; gate and up) one global scale.
+
+    Engines fuse them into one matrix, which has one global scale, the largest of theirs; block
+    scales stay what fits each block. Weights that share their input with nobody are left alone.
+    """
+    if not any(_two_level(q) for _, q in named_quantizers(model)):
+        return
+    trace = context.trace()
+    for group in trace.shared_inputs if trace is not None else ():
+        weights = [(name, q) for name in group if (q := _slot(model, name, "weight")) is not None]
+        found = [q.global_amax for _, q in weights if _two_level(q) and q.global_amax is not None]
+        if len({value.shape for value in found}) != 1 or len(found) < 2:
+            continue
+        largest = torch.stack([value.to(found[0].device) for value in found]).amax(0)
+        for name, quantizer in weights:
+            own = quantizer.range
+            if own is None or own.global_amax is None or torch.equal(own.global_amax, largest):
+                continue
+            module = model.get_submodule(name)
+            with context.access(module, write=False):
+                weight = getattr(module, quantizer.tensor or "")
+                quantizer.calibrate_on(weight, global_amax=largest.to(own.amax.device))
+
+
+def _two_level(quantizer: TensorQuantizer) -> bool:
+    return quantizer.codec.two_level and quantizer.tensor is not None
 
 
 def _union(own: Range, others: list[Range]) -> Range:
@@ -39,9 +68,9 @@ def _union(own: Range, others: list[Range]) -> Range:
     return Range(high, amin=torch.stack(lows).amin(0))
 
 
-def _input(model: nn.Module, name: str) -> TensorQuantizer | None:
+def _slot(model: nn.Module, name: str, slot: str) -> TensorQuantizer | None:
     try:
         module = model.get_submodule(name)
     except AttributeError:  # a tensor of a module with several
         return None
-    return module.quantizer("input") if isinstance(module, QuantModule) else None
+    return module.quantizer(slot) if isinstance(module, QuantModule) else None

@@ -201,8 +201,12 @@ class TensorQuantizer(nn.Module):
             self._set_scales(scales_for(Range(amax, amin, whole), self.spec, x))
         self._ready = True
 
-    def calibrate_on(self, x: Tensor) -> None:
+    def calibrate_on(self, x: Tensor, *, global_amax: Tensor | None = None) -> None:
         """Take the range of ``x`` itself, as weights do, and that of its result down the chain.
+
+        Args:
+            x: The tensor.
+            global_amax: That of all tensors that share a global scale, in formats of two levels.
 
         Raises:
             NumericsError: ``x`` holds NaN or Inf, or has too few dimensions.
@@ -213,7 +217,10 @@ class TensorQuantizer(nn.Module):
             if self.transforms is not None:
                 source, _ = self.transforms.prepare(x.float(), learn=True)
             if self.spec.constant_amax is None:
-                self.set_range(measure(source, self.spec), source)
+                values = measure(source, self.spec)
+                if global_amax is not None:
+                    values = dataclasses.replace(values, global_amax=global_amax)
+                self.set_range(values, source)
             if self.then is not None:
                 self.then.calibrate_on(self._first(x))
 
