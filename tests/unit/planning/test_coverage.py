@@ -20,7 +20,14 @@ class Own(nn.Linear):
     """A linear that computes something else."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).relu()
+        return input @ self.weight.abs().T
+
+
+class OwnAttention(nn.MultiheadAttention):
+    """An attention that does something else."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return super().forward(*args, **kwargs)
 
 
 class Odd(nn.Module):
@@ -29,7 +36,7 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.raw = nn.Parameter(torch.ones(4))
-        self.attention = nn.MultiheadAttention(4, 2)
+        self.attention = OwnAttention(4, 2)
         self.own = Own(4, 4)
         self.fine = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4)
@@ -77,8 +84,8 @@ def test_every_module_with_weights_is_quantized_or_skipped_with_a_reason(
     ("module", "reason"),
     [
         ("", "no plugin has a rule for Odd"),
-        ("attention", "no plugin has a rule for MultiheadAttention"),
-        ("attention.out_proj", "nn.MultiheadAttention reads its weight without calling it"),
+        ("attention", "OwnAttention overrides forward of MultiheadAttention"),
+        ("attention.out_proj", "may read the weight without calling the layer"),
         ("own", "Own overrides forward of Linear"),
         ("norm", "a LayerNorm is quantized only where a recipe names it"),
         ("patched", "its forward was replaced on the object itself"),
@@ -97,10 +104,8 @@ def test_with_a_shipped_recipe_lost_matrices_are_told_from_what_is_left_on_purpo
     lost = f"{unnamed}, and no plugin has a rule for"
     assert skipped[""] == f"{lost} Container (which holds table)"
     assert skipped["listed"] == f"{lost} ParameterList (which holds 0, 1, 2, ...)"
-    assert skipped["odd.attention"] == (
-        f"{lost} MultiheadAttention (which holds in_proj_weight, in_proj_bias)"
-    )
-    assert skipped["odd.own"].startswith("Own overrides forward of Linear, and the rule of bittern")
+    assert "OwnAttention overrides forward of MultiheadAttention" in skipped["odd.attention"]
+    assert skipped["odd.own"].startswith("Own overrides forward of Linear, and its source does not")
     assert "a rule for tests.unit.planning.test_coverage:Own" in skipped["odd.own"]
     assert skipped["odd"] == skipped["odd.norm"] == skipped["odd.act"] == unnamed  # vectors
     assert skipped["odd.recurrent"] == unnamed  # another recipe could
@@ -154,10 +159,10 @@ def test_modules_that_no_rule_names_are_reported_too(toolkit: Toolkit) -> None:
     assert "drop" not in plan.skipped
 
 
-def test_the_attention_projection_of_torch_still_computes_what_it_did(
+def test_an_attention_with_a_forward_of_its_own_still_computes_what_it_did(
     toolkit: Toolkit, same_bits: Callable[[Tensor, Tensor], bool]
 ) -> None:
-    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.Linear(4, 4)}).eval()
+    model = nn.ModuleDict({"a": OwnAttention(4, 2), "b": nn.Linear(4, 4)}).eval()
     x = torch.randn(3, 1, 4)
     before = model["a"](x, x, x)[0]
     toolkit.quantize(model, EVERYTHING)

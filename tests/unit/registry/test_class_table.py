@@ -160,6 +160,18 @@ def test_a_refusal_says_why() -> None:
     assert nobody == NoMatch("")
 
 
+def test_a_sentence_of_a_predicate_is_a_no_and_the_reason() -> None:
+    def sentence(module: nn.Module) -> bool | str:
+        return "its heart is not in it"
+
+    picky = rule(Base, "picky", subclass_forward=True, predicate=sentence)
+    for items in permutations([picky, rule(Base, "strict")]):
+        assert ClassTable(items).find(Other()) == NoMatch("its heart is not in it")
+    assert isinstance(ClassTable([picky, rule(Base, "plain")]).find(Base()), Match)
+    everywhere = rule(ANY, "any", predicate=sentence)
+    assert ClassTable([everywhere]).find(Base()) == NoMatch("")
+
+
 def test_a_module_can_be_looked_up_as_another_class() -> None:
     table = ClassTable([rule(Base, "base")])
 
@@ -202,7 +214,7 @@ def test_rules_of_a_live_model_are_added_for_that_model_only(
 
     class Remote(nn.Linear):
         def forward(self, input: Any) -> Any:
-            return super().forward(input)
+            return input @ self.weight.abs().T
 
     def discover_modules(model: nn.Module) -> list[ModuleRule]:
         if not any(isinstance(m, Remote) for m in model.modules()):

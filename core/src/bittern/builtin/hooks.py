@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bittern.builtin.attention import ATTENTION_RULES, projections_read_elsewhere
 from bittern.builtin.formats import FORMATS
 from bittern.builtin.modules import MODULE_RULES
+from bittern.builtin.subclasses import SUBCLASS_RULES
 from bittern.hooks import hookimpl
 from bittern.records import (
     Algorithm,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_modules() -> tuple[ModuleRule, ...]:
     """The layers of torch.nn that hold weights, and those that can quantize what goes through."""
-    return (*MODULE_RULES, *ATTENTION_RULES)
+    return (*MODULE_RULES, *ATTENTION_RULES, *SUBCLASS_RULES)
 
 
 @hookimpl

@@ -69,7 +69,8 @@ class ModuleRule:
         reason: Why the class must not be converted.
         subclass_forward: Whether the rule also takes subclasses that override ``forward``.
         priority: Decides between rules of the same closeness; higher wins.
-        predicate: Optional extra test on the live module.
+        predicate: Optional extra test on the live module. It may return a sentence instead of
+            false, which the plan then gives as the reason.
         like: Name of the class that recipes may take it for, as ``"Linear"``: what
             ``match: {class: Linear}`` says, as the shipped recipes do, then holds for it too.
         by_name: Whether only a recipe rule that names the class, the role or the path reaches it,
@@ -85,7 +86,7 @@ class ModuleRule:
     reason: str = ""
     subclass_forward: bool = False
     priority: int = 0
-    predicate: Callable[[Any], bool] | None = None
+    predicate: Callable[[Any], bool | str] | None = None
     like: str | None = None
     by_name: bool = False
 

@@ -100,7 +100,7 @@ class ClassTable(Generic[R]):
             PluginConflictError: Two plugins claim the same class with the same precedence.
         """
         own = cls if cls is not None else type(module)
-        refused = ""
+        refused = because = ""
         for base in own.__mro__:
             candidates = self._by_target.get(target_of(base))
             if not candidates:
@@ -116,26 +116,31 @@ class ClassTable(Generic[R]):
                         f"(a rule for {target_of(own)}, or subclass_forward=True, would)"
                     )
                     continue
-                if not _holds(item[0], item[1], module, bare=True):
+                answer = _holds(item[0], item[1], module, bare=True)
+                if answer is True:
+                    applicable.append(item)
+                elif answer:
+                    because = because or answer
+                else:
                     refused = (
                         refused or f"the rule of {item[1]} for {base.__qualname__} declined it"
                     )
-                    continue
-                applicable.append(item)
             if applicable:
                 return Match(*best(applicable, f"claim {target_of(base)}"))
         predicates = [
             item
             for item in self._by_target.get(ANY, [])
-            if _holds(item[0], item[1], module, bare=False)
+            if _holds(item[0], item[1], module, bare=False) is True
         ]
         if predicates:
             return Match(*best(predicates, f"claim {target_of(own)}"))
-        return NoMatch(refused)
+        return NoMatch(because or refused)
 
 
-def _holds(rule: ClassRule, plugin: str, module: object, *, bare: bool) -> bool:
+def _holds(rule: ClassRule, plugin: str, module: object, *, bare: bool) -> bool | str:
     """Return what a rule's predicate says of a module; ``bare`` where it has none.
+
+    A sentence is a no, and says why.
 
     Raises:
         PluginError: The predicate raises.
@@ -144,7 +149,8 @@ def _holds(rule: ClassRule, plugin: str, module: object, *, bare: bool) -> bool:
     if predicate is None:
         return bare
     try:
-        return bool(predicate(module))
+        answer = predicate(module)
+        return answer if isinstance(answer, str) else bool(answer)
     except Exception as error:
         raise PluginError(
             f"plugin {plugin}: the predicate of its rule for {rule.target} failed on a "
