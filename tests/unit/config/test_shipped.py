@@ -13,10 +13,19 @@ from bittern.toolkit import Toolkit
 EXPECTED = {
     "fp8": {"weight": "fp8/tensor", "input": "fp8/tensor"},
     "fp8-dynamic": {"weight": "fp8/channel", "input": "fp8/token/dynamic"},
+    "fp8-block": {"weight": "fp8/block[128x128]", "input": "fp8/group[128]/dynamic"},
     "int4": {"weight": "int4/group[128]"},
     "int8": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-smoothquant": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-weight-only": {"weight": "int8/channel"},
+    "mxfp4": {"weight": "mxfp4/group[32]", "input": "mxfp4/group[32]/dynamic"},
+    "mxfp6": {"weight": "mxfp6/group[32]", "input": "mxfp6/group[32]/dynamic"},
+    "mxfp8": {"weight": "mxfp8/group[32]", "input": "mxfp8/group[32]/dynamic"},
+    "mxint8": {"weight": "mxint8/group[32]", "input": "mxint8/group[32]/dynamic"},
+    "nf4": {"weight": "nf4/group[64]"},
+    "nvfp4": {"weight": "nvfp4/group[16]", "input": "nvfp4/group[16]"},
+    "nvfp4a16": {"weight": "nvfp4/group[16]"},
+    "w4a8": {"weight": "int4/group[128] > fp8/tensor", "input": "fp8/tensor"},
 }
 
 

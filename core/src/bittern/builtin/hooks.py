@@ -127,6 +127,19 @@ def register_recipes() -> list[RecipeSource]:
         "int4": "int4 weights in groups of 128, activations as they are; needs no data",
         "fp8": "W8A8: fp8 e4m3 weights and activations per tensor, static",
         "fp8-dynamic": "fp8 e4m3 weights per channel, activations per token; needs no data",
+        "fp8-block": (
+            "fp8 e4m3 weights in blocks of 128 x 128, activations in groups of 128; needs no data"
+        ),
+        "w4a8": (
+            "W4A8: int4 weights in groups of 128, held in fp8; fp8 activations per tensor, static"
+        ),
+        "nvfp4": ("W4A4: nvfp4 weights and activations, global scales static, blocks dynamic"),
+        "nvfp4a16": "nvfp4 weights, activations as they are; needs no data",
+        "mxfp8": "W8A8: mxfp8 weights and activations, dynamic; needs no data",
+        "mxfp6": "W6A6: mxfp6 (e3m2) weights and activations, dynamic; needs no data",
+        "mxfp4": "W4A4: mxfp4 weights and activations, dynamic; needs no data",
+        "mxint8": "W8A8: mxint8 weights and activations, dynamic; needs no data",
+        "nf4": "nf4 weights in groups of 64 (QLoRA), activations as they are; needs no data",
     }
     return [
         RecipeSource(
