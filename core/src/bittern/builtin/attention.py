@@ -24,6 +24,8 @@ ATTENTION_RULES: tuple[ModuleRule, ...] = (
         target="bittern.nn.functional:ScaledDotProductAttention",
         quantized="bittern.nn.attention:QuantAttention",
         slots=ATTENTION_SLOTS,
+        like="Attention",
+        by_name=True,
     ),
     ModuleRule(
         target="bittern.nn.functional:MatMul",
@@ -33,6 +35,7 @@ ATTENTION_RULES: tuple[ModuleRule, ...] = (
             Slot("right", channel_axis=-1, role="input"),
             Slot("output", channel_axis=-1),
         ),
+        by_name=True,
     ),
 )
 
