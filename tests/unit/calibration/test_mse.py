@@ -136,18 +136,6 @@ def test_equally_good_ranges_leave_the_first(make_spec: MakeSpec) -> None:
     assert found.amax.flatten().tolist() == [0.0, 4.0]
 
 
-def test_weights_count_as_often_as_said(make_spec: MakeSpec) -> None:
-    spec = make_spec("int4")
-    x = torch.cat([torch.linspace(-1, 1, 50), torch.tensor([10.0])])
-    often = torch.ones(51)
-    often[-1] = 10_000
-    found = [
-        best_range(x, measure(x, spec), spec, candidates=[1.0, 0.1], weight=weight).amax
-        for weight in (often / 10_000 * torch.tensor([10_000.0] * 50 + [1e-4]), often)
-    ]
-    assert [float(value) for value in found] == [pytest.approx(1.0), 10.0]
-
-
 def test_both_ends_of_an_asymmetric_range_are_searched(
     toolkit: Toolkit, make_data: MakeData
 ) -> None:

@@ -1,20 +1,19 @@
 """Ranges from histograms: percentile, entropy, least rounding error. Pure functions.
 
-Each returns an amax, float32, in the shape of ``histogram.amax``, never larger than that. Channels
-of zeros have amax 0.
+Each returns an amax, float32, in the shape of ``histogram.amax``. Channels of zeros have amax 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bittern.calibration.histogram import Histogram
-from bittern.calibration.search import Error, best_range, multipliers, squared
+from bittern.calibration.search import Error, cost, multipliers, squared
 from bittern.errors import CalibrationError
-from bittern.numerics import Range, codec_of, fake_quantize, scales_from_amax
+from bittern.numerics import codec_of, fake_quantize, scales_from_amax
 from bittern.records import PerChannel, QuantizerSpec
 
 __all__ = ["check_percentile", "entropy_amax", "mse_amax", "percentile_amax"]
@@ -79,24 +78,28 @@ def entropy_amax(histogram: Histogram, spec: QuantizerSpec) -> Tensor:
         histogram: The magnitudes.
         spec: The format.
     """
-    counts = histogram.counts[:, 1:].double()
-    channels, bins = counts.shape
-    device = counts.device
-    last = _last(counts)
-    first = last.clamp_max(2 ** (spec.format.bits - 1))
-    stride = (last - first) // _CANDIDATES + 1
-    best = torch.full((channels, 1), torch.inf, dtype=torch.float64, device=device)
-    chosen = last.clone()
-    step = max(1, _AT_ONCE // (channels * bins))
-    for begin in range(0, min(bins, _CANDIDATES), step):
-        offsets = torch.arange(begin, min(begin + step, bins, _CANDIDATES), device=device)
-        ends = torch.maximum(last - offsets * stride, first).clamp_min(1)
-        found = _divergence(histogram, counts, ends, spec)
-        least, index = found.min(1, keepdim=True)
+    used = (histogram.counts[:, 1:] > 0).any(0).nonzero().flatten()  # empty bins cost only time
+    if len(used) == 0:
+        return torch.zeros_like(histogram.amax)
+    bins = _Bins(
+        histogram.counts[:, 1:][:, used].double(),
+        histogram.centers[:, used],
+        histogram.edges[:, 1:][:, used],
+    )
+    index = torch.arange(len(used), device=used.device)
+    last = torch.where(bins.counts > 0, index, 0).amax(1, keepdim=True)
+    first = (used < 2 ** (spec.format.bits - 1) - 1).sum()
+    stride = (last - first).clamp_min(0) // _CANDIDATES + 1
+    best = torch.full(last.shape, torch.inf, dtype=torch.float64, device=used.device)
+    chosen = last
+    step = max(1, _AT_ONCE // bins.counts.numel())
+    for offsets in torch.split(index[:_CANDIDATES], step):
+        ends = torch.minimum(torch.maximum(last - offsets * stride, first), last)
+        least, position = _divergence(bins, ends, spec).min(1, keepdim=True)
         better = least < best
-        chosen = torch.where(better, ends.gather(1, index), chosen)
+        chosen = torch.where(better, ends.gather(1, position), chosen)
         best = torch.where(better, least, best)
-    return _bounded(histogram.edges.gather(1, chosen), histogram)
+    return _bounded(bins.edges.gather(1, chosen), histogram)
 
 
 def mse_amax(histogram: Histogram, spec: QuantizerSpec, *, error: Error = squared) -> Tensor:
@@ -113,54 +116,53 @@ def mse_amax(histogram: Histogram, spec: QuantizerSpec, *, error: Error = square
         spec: The format.
         error: What rounding costs per element.
     """
-    centers, counts = histogram.centers, histogram.counts[:, 1:].double()
+    counts = histogram.counts[:, 1:].double()
+    centers = torch.arange(histogram.bins, device=counts.device) + 0.5  # in widths of the bins
     if codec_of(spec.format).signed:
-        centers, counts = torch.cat([centers, -centers], 1), torch.cat([counts, counts], 1)
-    found = best_range(
-        centers,
-        Range(histogram.amax.reshape(-1, 1)),
-        _by_row(spec),
-        candidates=multipliers(spec, octaves=_OCTAVES),
-        error=error,
-        weight=counts,
-    )
-    return found.amax.reshape(histogram.amax.shape)
+        centers, counts = torch.cat([centers, -centers]), torch.cat([counts, counts], 1)
+    factors = torch.tensor(multipliers(spec, octaves=_OCTAVES), device=counts.device)
+    ranges = histogram.amax.reshape(-1, 1) / histogram.width * factors  # (channels, candidates)
+    best = torch.empty_like(ranges[:, :1])
+    step = max(1, _AT_ONCE // (len(factors) * len(centers)))
+    for begin in range(0, len(ranges), step):
+        some = ranges[begin : begin + step]
+        x = centers.expand(some.numel(), -1)
+        scales = scales_from_amax(some.reshape(-1, 1), spec)
+        costs = cost(error, fake_quantize(x, _by_row(spec), scales), x)
+        totals = costs.reshape(*some.shape, -1) * counts[begin : begin + step, None]
+        index = totals.sum(2).argmin(1, keepdim=True)  # the first, so the largest, on a tie
+        best[begin : begin + step] = some.gather(1, index)
+    return (best * histogram.width).reshape(histogram.amax.shape)
 
 
-def _by_row(spec: QuantizerSpec) -> QuantizerSpec:
-    return replace(spec, granularity=PerChannel(0))
+@dataclass(frozen=True)
+class _Bins:
+    """The bins of a histogram that hold something in some channel, ``(channels, bins)`` each."""
+
+    counts: Tensor
+    centers: Tensor
+    edges: Tensor
 
 
-def _last(counts: Tensor) -> Tensor:
-    """Return how many bins there are up to the last that is not empty, ``(channels, 1)``."""
-    index = torch.arange(1, counts.shape[1] + 1, device=counts.device)
-    return torch.where(counts > 0, index, 0).amax(1, keepdim=True)
-
-
-def _divergence(histogram: Histogram, counts: Tensor, ends: Tensor, spec: QuantizerSpec) -> Tensor:
+def _divergence(bins: _Bins, ends: Tensor, spec: QuantizerSpec) -> Tensor:
     """Return the divergence of each candidate, ``(channels, candidates)``.
 
     Args:
-        histogram: The magnitudes.
-        counts: Its counts without the zeros, float64.
-        ends: Number of bins that each candidate keeps, ``(channels, candidates)``.
+        bins: The bins.
+        ends: The last bin of each candidate, ``(channels, candidates)``.
         spec: The format.
     """
-    channels, bins = counts.shape
     candidates = ends.shape[1]
-    rows = channels * candidates
-    amax = histogram.edges.gather(1, ends).reshape(rows, 1)
-    centers = histogram.centers.repeat_interleave(candidates, 0)
+    counts, centers = (t.repeat_interleave(candidates, 0) for t in (bins.counts, bins.centers))
+    amax = bins.edges.gather(1, ends).reshape(-1, 1)
     values = fake_quantize(centers, _by_row(spec), scales_from_amax(amax, spec))
     changes = values[:, 1:] != values[:, :-1]
     level = torch.nn.functional.pad(changes.cumsum(1), (1, 0))  # numbers the values of each row
 
-    ends = ends.reshape(rows, 1)
-    inside = torch.arange(bins, device=counts.device) < ends
-    every = counts.repeat_interleave(candidates, 0)
-    kept = torch.where(inside, every, 0.0)
-    tail = every.sum(1, keepdim=True) - kept.sum(1, keepdim=True)
-    reference = kept.scatter_add(1, ends - 1, tail)
+    last = ends.reshape(-1, 1)
+    kept = torch.where(torch.arange(counts.shape[1], device=counts.device) <= last, counts, 0.0)
+    tail = counts.sum(1, keepdim=True) - kept.sum(1, keepdim=True)
+    reference = kept.scatter_add(1, last, tail)
 
     filled = (kept > 0).double()
     total = torch.zeros_like(kept).scatter_add_(1, level, kept)
@@ -170,7 +172,11 @@ def _divergence(histogram: Histogram, counts: Tensor, ends: Tensor, spec: Quanti
     p = reference / reference.sum(1, keepdim=True)
     q = quantized / quantized.sum(1, keepdim=True)
     terms = torch.where(p > 0, p * (p / q).log(), 0.0)  # Inf where q is 0: what is beyond is lost
-    return terms.sum(1).nan_to_num(nan=torch.inf, posinf=torch.inf).reshape(channels, candidates)
+    return terms.sum(1).nan_to_num(nan=torch.inf, posinf=torch.inf).reshape(ends.shape)
+
+
+def _by_row(spec: QuantizerSpec) -> QuantizerSpec:
+    return replace(spec, granularity=PerChannel(0))
 
 
 def _bounded(edges: Tensor, histogram: Histogram) -> Tensor:

@@ -20,6 +20,7 @@ from bittern.nn.observer import MaxObserver, SharedInputs
 from bittern.records import Granularity, PerChannel, PerTensor
 
 __all__ = [
+    "BINS",
     "Histogram",
     "HistogramObserver",
     "check_bins",
@@ -29,7 +30,7 @@ __all__ = [
     "merged",
 ]
 
-BINS = 2048  # per tensor
+BINS = 2048
 BUDGET = 2**20  # counts of one quantizer: 8 MiB
 FEWEST = 128  # per channel, even where that is more than the budget
 
@@ -46,10 +47,13 @@ class Histogram:
 
     Attributes:
         counts: int64 ``(channels, bins + 1)``; one channel for `PerTensor`.
+        exponent: ``log2(w)``, int32 ``(channels, 1)``: the smallest with which the bins reach
+            ``amax``.
         amax: Largest magnitude of each channel, float32, in the granularity's shape.
     """
 
     counts: Tensor
+    exponent: Tensor
     amax: Tensor
 
     @property
@@ -60,7 +64,7 @@ class Histogram:
     @property
     def width(self) -> Tensor:
         """Width of a bin, float32 ``(channels, 1)``."""
-        return _power(_exponent(self.amax, self.bins))
+        return _power(self.exponent)
 
     @property
     def edges(self) -> Tensor:
@@ -75,7 +79,7 @@ class Histogram:
 
 @torch.no_grad()
 def histogram_of(
-    x: Tensor, granularity: Granularity, *, amax: Tensor, bins: int | None = None
+    x: Tensor, granularity: Granularity, *, amax: Tensor, bins: int = BINS
 ) -> Histogram:
     """Count the magnitudes of one tensor; nothing waits for the device.
 
@@ -83,51 +87,56 @@ def histogram_of(
         x: Floating tensor, not empty. NaN and Inf are counted in some bin.
         granularity: `PerTensor` or `PerChannel`.
         amax: ``amax(x, granularity)``.
-        bins: Bins of each channel, a power of two. By default 2048, and fewer where all channels
-            together would need more than 8 MiB: 256 for 4096 channels, never less than 128.
+        bins: Bins of each channel, a power of two. There are fewer where all channels together
+            would need more than 8 MiB: 256 for 4096 channels, but never less than 128.
     """
     rows = _rows(x, granularity)
     channels, size = rows.shape
-    bins = bins if bins is not None else _bins(channels)
-    per_width = _power(-_exponent(amax, bins))
+    bins = _affordable(bins, channels)
+    exponent = _exponent(amax, bins)
     lanes = math.gcd(size, _LANES) if channels == 1 and x.device.type != "cpu" else 1
     rows = rows.reshape(channels * lanes, size // lanes)
     counts = torch.zeros(channels * lanes, bins + 1, dtype=torch.int64, device=x.device)
     one = torch.ones((), dtype=torch.int64, device=x.device)
     cache = 2**18 if x.device.type == "cpu" else _PIECE
+    per_width = _power(-exponent)
     for piece in torch.split(rows, max(1, cache // len(rows)), dim=1):
         # The product is exact, but for tiny numbers beside huge ones, which count as zeros.
         index = piece.abs().float().mul_(per_width).ceil_().int().clamp_(0, bins)
         counts.scatter_add_(1, index.long(), one.expand(index.shape))
-    return Histogram(counts.reshape(channels, lanes, bins + 1).sum(1), amax)
+    return Histogram(counts.reshape(channels, lanes, bins + 1).sum(1), exponent, amax)
 
 
-def empty(amax: Tensor, *, bins: int | None = None) -> Histogram:
+def empty(amax: Tensor, *, bins: int = BINS) -> Histogram:
     """Return the histogram of no data, with the bins that reach ``amax``."""
     channels = amax.numel()
-    bins = bins if bins is not None else _bins(channels)
+    bins = _affordable(bins, channels)
     counts = torch.zeros(channels, bins + 1, dtype=torch.int64, device=amax.device)
-    return Histogram(counts, amax)
+    return Histogram(counts, _exponent(amax, bins), amax)
 
 
 @torch.no_grad()
 def merged(one: Histogram, other: Histogram) -> Histogram:
     """Return the histogram of the data of both; they have the same channels and bins."""
-    amax = torch.maximum(one.amax, other.amax)
-    counts = coarsened(one, amax).counts + coarsened(other, amax).counts
-    return Histogram(counts, amax)
+    exponent = torch.maximum(one.exponent, other.exponent)
+    counts = _counts(one, exponent) + _counts(other, exponent)
+    return Histogram(counts, exponent, torch.maximum(one.amax, other.amax))
 
 
 @torch.no_grad()
 def coarsened(histogram: Histogram, amax: Tensor) -> Histogram:
     """Return the same data in the bins that reach ``amax``, which is no smaller than its own."""
-    bins = histogram.bins
-    doublings = _exponent(amax, bins) - _exponent(histogram.amax, bins)
-    doublings = doublings.clamp(0, bins.bit_length()).long()
-    index = torch.arange(bins + 1, device=doublings.device)
+    exponent = _exponent(amax, histogram.bins)
+    return Histogram(_counts(histogram, exponent), exponent, amax)
+
+
+def _counts(histogram: Histogram, exponent: Tensor) -> Tensor:
+    """Return the counts of bins as wide as two to the ``exponent``, which is no smaller."""
+    doublings = exponent - histogram.exponent
+    doublings = doublings.clamp(0, histogram.bins.bit_length()).long()
+    index = torch.arange(histogram.bins + 1, device=doublings.device)
     index = (index + (1 << doublings) - 1) >> doublings
-    counts = torch.zeros_like(histogram.counts).scatter_add_(1, index, histogram.counts)
-    return Histogram(counts, amax)
+    return torch.zeros_like(histogram.counts).scatter_add_(1, index, histogram.counts)
 
 
 class HistogramObserver:
@@ -151,7 +160,7 @@ class HistogramObserver:
         granularity: Granularity,
         shared: SharedInputs,
         *,
-        bins: int | None = None,
+        bins: int = BINS,
         name: str = "",
     ) -> None:
         if not isinstance(granularity, PerTensor | PerChannel):
@@ -200,23 +209,23 @@ class HistogramObserver:
         return self._max.first_bad_batch()
 
 
-def check_bins(bins: int | None) -> None:
+def check_bins(bins: int) -> None:
     """Raise unless a histogram can have so many bins.
 
     Raises:
         CalibrationError: It cannot.
     """
     whole = isinstance(bins, int) and not isinstance(bins, bool)
-    if bins is not None and not (whole and 16 <= bins <= 2**16 and bins.bit_count() == 1):
+    if not whole or not 16 <= bins <= 2**16 or bins.bit_count() != 1:
         raise CalibrationError(
             f"a histogram cannot have {bins} bins", hint="choose a power of two from 16 to 65536"
         )
 
 
-def _bins(channels: int) -> int:
-    """Return the default: the largest power of two within the budget."""
+def _affordable(bins: int, channels: int) -> int:
+    """Return how many bins each channel gets: a power of two within the budget."""
     fitting = 1 << max(BUDGET // channels, 1).bit_length() - 1
-    return min(BINS, max(FEWEST, fitting))
+    return min(bins, max(FEWEST, fitting))
 
 
 def _rows(x: Tensor, granularity: Granularity) -> Tensor:

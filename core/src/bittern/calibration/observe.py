@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
-from bittern.calibration.histogram import Histogram, HistogramObserver, coarsened, empty
+from bittern.calibration.histogram import BINS, Histogram, HistogramObserver, coarsened, empty
 from bittern.calibration.reduce import reduce_max, reduce_sum
 from bittern.errors import CalibrationError
 from bittern.nn import TensorQuantizer, named_quantizers
@@ -97,7 +98,7 @@ def observe_histograms(
     forward: Forward,
     context: CalibrationContext,
     *,
-    bins: int | None = None,
+    bins: int = BINS,
 ) -> dict[str, Histogram | None]:
     """Run the unquantized model over the data and return the histograms of the magnitudes.
 
@@ -129,7 +130,7 @@ def observe_histograms(
             common[name] = coarsened(known, amax) if known is not None else empty(amax, bins=bins)
     counts = reduce_sum({name: histogram.counts for name, histogram in common.items()})
     return {
-        name: Histogram(counts[name], common[name].amax) if name in common else None
+        name: replace(common[name], counts=counts[name]) if name in common else None
         for name in watched
     }
 

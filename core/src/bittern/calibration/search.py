@@ -13,7 +13,7 @@ from bittern.numerics import Range, fake_quantize, scales_for
 from bittern.numerics.layout import as_blocks, as_scale, block_dims
 from bittern.records import QuantizerSpec
 
-__all__ = ["Error", "best_range", "multipliers", "squared"]
+__all__ = ["Error", "best_range", "cost", "multipliers", "squared"]
 
 # What rounding costs, per element: of the rounded and the original tensor, both float32.
 Error = Callable[[Tensor, Tensor], Tensor]
@@ -24,6 +24,21 @@ _PER_OCTAVE = 32  # neighbors differ by 2.2 %; the error around its minimum is f
 def squared(rounded: Tensor, x: Tensor) -> Tensor:
     """Return ``(rounded - x)^2``."""
     return (rounded - x).square_()
+
+
+def cost(error: Error, rounded: Tensor, x: Tensor) -> Tensor:
+    """Return what rounding costs, per element.
+
+    Raises:
+        CalibrationError: ``error`` returns another shape than that of its arguments.
+    """
+    found = error(rounded, x)
+    if found.shape != x.shape:
+        raise CalibrationError(
+            f"the error function returned shape {tuple(found.shape)}, not {tuple(x.shape)}",
+            hint="return one cost per element; sums are taken over those that share a scale",
+        )
+    return found
 
 
 def multipliers(spec: QuantizerSpec, *, octaves: int) -> list[float]:
@@ -51,7 +66,6 @@ def best_range(
     *,
     candidates: Sequence[float],
     error: Error = squared,
-    weight: Tensor | None = None,
 ) -> Range:
     """Return the multiple of a range at which rounding ``x`` costs the least, scale by scale.
 
@@ -65,7 +79,6 @@ def best_range(
         candidates: Multiples of the range.
         error: What rounding costs per element. It gets both tensors in float32, divided by a power
             of two that brings them near 1, so that no square underflows or overflows.
-        weight: How much each element counts, in the shape of ``x``; 1 by default.
 
     Raises:
         CalibrationError: ``error`` returns another shape than that of its arguments.
@@ -78,13 +91,8 @@ def best_range(
     chosen = torch.ones_like(values.amax)
     for candidate in candidates:
         scales = scales_for(_times(values, candidate), spec)
-        costs = error(fake_quantize(x, spec, scales), x)
-        if costs.shape != x.shape:
-            raise CalibrationError(
-                f"the error function returned shape {tuple(costs.shape)}, not {tuple(x.shape)}",
-                hint="return one cost per element; sums are taken over those that share a scale",
-            )
-        blocks = as_blocks(costs if weight is None else costs * weight, spec.granularity)
+        costs = cost(error, fake_quantize(x, spec, scales), x)
+        blocks = as_blocks(costs, spec.granularity)
         total = blocks.sum(dims, keepdim=True) if dims else blocks
         total = as_scale(total, spec.granularity).reshape(least.shape)
         better = total < least

@@ -21,7 +21,7 @@ from bittern.calibration.estimators import (
     mse_amax,
     percentile_amax,
 )
-from bittern.calibration.histogram import Histogram, check_bins
+from bittern.calibration.histogram import BINS, Histogram, check_bins
 from bittern.calibration.max import activations_at_max, run_max, static_activations
 from bittern.calibration.observe import observe_histograms
 from bittern.calibration.search import Error, best_range, multipliers, squared
@@ -47,7 +47,7 @@ def run_percentile(
     *,
     p: float = 99.99,
     skip_zeros: bool = False,
-    bins: int | None = None,
+    bins: int = BINS,
 ) -> None:
     """Set the ranges of static activations to a percentile of their magnitudes.
 
@@ -80,7 +80,7 @@ def run_entropy(
     forward: Forward | None,
     context: CalibrationContext,
     *,
-    bins: int | None = None,
+    bins: int = 4 * BINS,
 ) -> None:
     """Set the ranges of static activations to those that lose the least information.
 
@@ -111,7 +111,7 @@ def run_mse(
     *,
     weights: bool = True,
     activations: bool = True,
-    bins: int | None = None,
+    bins: int = BINS,
     error: str | Error | None = None,
 ) -> None:
     """Set the ranges of weights and static activations to those with the least rounding error.
@@ -150,10 +150,10 @@ def _activations(
     context: CalibrationContext,
     estimate: Estimate,
     *,
-    bins: int | None,
+    bins: int,
 ) -> None:
     static = static_activations(model)
-    calibrate_biases(model, static, forward, context)
+    calibrate_biases(model, forward, context)
     counted = {name: q for name, q in static.items() if _has_histogram(q)}
     if counted:
         for name, found in observe_histograms(model, counted, forward, context, bins=bins).items():
