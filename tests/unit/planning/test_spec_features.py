@@ -178,6 +178,21 @@ def test_a_weight_that_holds_codes_already_is_named() -> None:
         bt.plan(broken, recipe(weight="int8"))
 
 
+def test_ranges_that_are_given_or_dynamic_need_no_data() -> None:
+    calls: list[int] = []
+    for spec in (
+        {"format": "fp8", "amax": 448},
+        "mxfp8",
+        {"format": "fp8", "granularity": "token"},
+    ):
+        quantized = model()
+        bt.quantize(quantized, recipe(weight="int8", input=spec))
+        bt.quantize(quantized, recipe(weight="int8", input=spec), data=lambda _: calls.append(1))
+    assert calls == []
+    biased = {"format": "fp8", "amax": 448, "affine": {"axes": [-1]}}
+    assert bt.plan(model(), recipe(weight="int8", input=biased)).needs_data
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_torch_compile_takes_it_in_one_graph(name: str) -> None:
     quantized, data = model(), batches()
@@ -186,3 +201,25 @@ def test_torch_compile_takes_it_in_one_graph(name: str) -> None:
     compiled = torch.compile(quantized, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(compiled(data[0]), quantized(data[0]))
+
+
+@pytest.mark.parametrize("algorithm", ["max", "mse"])
+def test_a_static_bias_is_that_of_all_batches(algorithm: str) -> None:
+    data = batches()
+    for number, batch in enumerate(data):
+        batch += 10 * number
+    for method in ("mean", "mid"):
+        quantized = nn.Sequential(model()[0])
+        affine = {"axes": [-1], "method": method}
+        spec = {"format": "int8", "granularity": "tensor", "affine": affine}
+        bt.quantize(quantized, {**recipe(input=spec), "algorithm": algorithm}, data=data)
+        every = torch.cat(data)
+        mean, ends = every.mean(0), (every.amax(0) + every.amin(0)) / 2
+        bias = mean if method == "mean" else ends
+        (quantizer,) = (q for _, q in named_quantizers(quantized))
+        assert quantizer.transforms is not None
+        assert quantizer.transforms.bias is not None
+        assert torch.allclose(quantizer.transforms.bias.flatten(), bias, atol=1e-4)
+        assert quantizer.amax is not None
+        if algorithm == "max":
+            assert float(quantizer.amax) == pytest.approx(float((every - bias).abs().max()), 1e-5)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +9,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.observe import observe
 from bittern.calibration.reduce import reduce_max, reduce_sum
 from bittern.errors import CalibrationError
-from bittern.nn import Experts, TensorQuantizer
+from bittern.nn import Experts, TensorQuantizer, named_quantizers
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import MaxObserver
 from bittern.records import Affine, PerChannel
@@ -56,17 +54,11 @@ class BiasObserver:
         return self._max.first_bad_batch()
 
 
-def calibrate_biases(
-    model: nn.Module,
-    quantizers: Mapping[str, TensorQuantizer],
-    forward: Forward,
-    context: CalibrationContext,
-) -> None:
+def calibrate_biases(model: nn.Module, forward: Forward, context: CalibrationContext) -> None:
     """Run the data once and set the static biases; ranges are taken around them afterwards.
 
     Args:
         model: The converted model.
-        quantizers: Static activation quantizers by name; those without a static bias are left out.
         forward: Runs the data.
         context: Services.
 
@@ -74,9 +66,9 @@ def calibrate_biases(
         CalibrationError: NaN or Inf in an activation, or the data can be run only once.
     """
     observers: dict[str, tuple[TensorQuantizer, BiasObserver]] = {}
-    for name, quantizer in quantizers.items():
+    for name, quantizer in named_quantizers(model):
         affine = quantizer.spec.affine
-        if affine is not None and not affine.dynamic:
+        if quantizer.tensor is None and affine is not None and not affine.dynamic:
             observers[name] = (quantizer, BiasObserver(affine, context, name=quantizer.name))
     if not observers:
         return

@@ -115,7 +115,7 @@ def activations_at_max(
         CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
     """
     if biases:
-        calibrate_biases(model, quantizers, forward, context)
+        calibrate_biases(model, forward, context)
     watched = {name: (q, q.extremes) for name, q in quantizers.items()}
     for name, value in observe_max(model, watched, forward, context).items():
         if value is not None:

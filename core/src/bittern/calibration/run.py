@@ -86,7 +86,7 @@ def run_calibration(
     needs = frozenset().union(*(step.needs for step, _ in steps)) if steps else frozenset()
     needed = ("data" in needs and plan.needs_data) or bool(needs - {"data"})
     if needed and data is None:
-        static = (e.path for e in plan.entries if e.kind == "activation" and not e.spec.dynamic)
+        static = (e.path for e in plan.entries if e.needs_data)
         path = next(static, None)
         algorithms = ", ".join(name for name, _ in plan.algorithm)
         why = f"{path} is static" if path is not None else f"for {algorithms}"

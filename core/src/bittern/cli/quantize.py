@@ -143,7 +143,7 @@ def _check_data(toolkit: Toolkit, plan: Plan, data: str | None) -> None:
     if data is not None:
         return
     needs = {n for name, _ in plan.algorithm for n in toolkit.registry.algorithms.get(name).needs}
-    static = [e.path for e in plan.entries if e.kind == "activation" and not e.spec.dynamic]
+    static = [e.path for e in plan.entries if e.needs_data]
     if static or needs - {"data"}:
         why = f"{static[0]} is static" if static else f"for {', '.join(sorted(needs - {'data'}))}"
         raise CalibrationError(

@@ -139,6 +139,13 @@ class QuantizerSpec:
         text = ", ".join(parts)
         return text if self.then is None else f"{text} > {self.then}"
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether an activation so quantized has to see data first: a range or bias, all along."""
+        biased = self.affine is not None and not self.affine.dynamic
+        ranged = not self.dynamic and self.constant_amax is None
+        return ranged or biased or (self.then is not None and self.then.needs_data)
+
     def bits_per_element(self, shape: tuple[int, ...]) -> float:
         """Return stored bits per element of a tensor of ``shape``, its scales included.
 

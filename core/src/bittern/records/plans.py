@@ -63,6 +63,11 @@ class PlanEntry:
         return f"{self.module}.{self.tensor}" if self.module else self.tensor
 
     @property
+    def needs_data(self) -> bool:
+        """Whether it is an activation's, and its range has to be found from data."""
+        return self.kind == "activation" and self.spec.needs_data
+
+    @property
     def granularity(self) -> Granularity:
         """Which elements share a scale."""
         return self.spec.granularity
@@ -102,8 +107,8 @@ class Plan:
 
     @property
     def needs_data(self) -> bool:
-        """Whether a static activation quantizer has to see data."""
-        return any(e.kind == "activation" and not e.spec.dynamic for e in self.entries)
+        """Whether an activation quantizer has to see data."""
+        return any(entry.needs_data for entry in self.entries)
 
     @property
     def effective_bits(self) -> float:
