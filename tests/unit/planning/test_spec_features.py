@@ -207,7 +207,7 @@ def test_torch_compile_takes_it_in_one_graph(name: str) -> None:
 def test_a_static_bias_is_that_of_all_batches(algorithm: str) -> None:
     data = batches()
     for number, batch in enumerate(data):
-        batch += 10 * number
+        batch.add_(10 * number)
     for method in ("mean", "mid"):
         quantized = nn.Sequential(model()[0])
         affine = {"axes": [-1], "method": method}
