@@ -42,9 +42,9 @@ def worth_chunks(x: Tensor, scales: Scales | None, global_scale: Tensor | None) 
 
     Autograd, functorch, compilers and tensor subclasses take the whole tensor at once.
     """
-    if x.numel() <= CHUNK or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or x.numel() <= CHUNK or x.device.type != "cpu":
         return False
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+    if torch._C._get_tracing_state():
         return False
     given = [x, global_scale]
     if scales is not None:

@@ -140,7 +140,7 @@ def codec_of(number_format: NumberFormat, *, plugin: str = "bittern") -> Codec:
     Raises:
         PluginError: The factory does not resolve, or makes no `Codec`.
     """
-    key = (number_format.codec, tuple(sorted(number_format.params.items())))
+    key = (number_format.codec, tuple(number_format.params.items()))
     codec = _CODECS.get(key)
     if codec is None:
         made = bound(number_format.codec, plugin=plugin)(**number_format.params)
