@@ -43,7 +43,8 @@ _SHAPES = (
     "movedim flatten unflatten __getitem__ narrow select split chunk unbind cat concat concatenate "
     "stack pad repeat repeat_interleave index_select triu tril"
 )
-_KEEPING = frozenset(variants(*_ELEMENTWISE.split(), *_SHAPES.split()))
+_GETTERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+_KEEPING = frozenset({*variants(*_ELEMENTWISE.split(), *_SHAPES.split()), *_GETTERS})
 
 _INPUT = Place(0, ("input", "self"))
 _DIM = Place(1, ("dim",))
