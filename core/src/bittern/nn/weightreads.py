@@ -96,8 +96,8 @@ def why_not_proven(module: nn.Module) -> str | None:
 @cache
 def _read_class(cls: Any, family: Any) -> tuple[str, frozenset[str]]:
     """Return why a class is refused, or nothing, and the attributes of the object that it uses."""
-    reader = _ClassReader(cls, family)
     try:
+        reader = _ClassReader(cls, family)
         reader.read_method("forward", cls.__mro__)
         if not reader.products:
             reader.refuse("it never reads the weight")
