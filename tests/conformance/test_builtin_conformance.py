@@ -78,7 +78,11 @@ class TestAlgorithms(AlgorithmConformance):
     hooks = CORE
 
     def cases(self) -> list[AlgorithmCase]:
-        return [AlgorithmCase("max"), AlgorithmCase("smooth", pipeline=["smooth", "max"])]
+        return [
+            AlgorithmCase("max"),
+            AlgorithmCase("smooth", pipeline=["smooth", "max"]),
+            AlgorithmCase("fold-batchnorm", pipeline=["fold-batchnorm", "max"]),
+        ]
 
 
 class Tied(nn.Module):

@@ -16,6 +16,7 @@ EXPECTED = {
     "fp8-block": {"weight": "fp8/block[128x128]", "input": "fp8/group[128]/dynamic"},
     "int4": {"weight": "int4/group[128]"},
     "int8": {"weight": "int8/channel", "input": "int8/tensor"},
+    "int8-cnn": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-smoothquant": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-weight-only": {"weight": "int8/channel"},
     "mxfp4": {"weight": "mxfp4/group[32]", "input": "mxfp4/group[32]/dynamic"},

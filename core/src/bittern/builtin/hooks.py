@@ -67,7 +67,7 @@ def register_formats() -> tuple[NumberFormat, ...]:
 
 @hookimpl
 def register_algorithms() -> list[Algorithm]:
-    """Max, percentile, entropy and mse calibration, SmoothQuant."""
+    """Max, percentile, entropy and mse calibration, SmoothQuant, BatchNorm folding."""
     return [
         Algorithm(
             name="max",
@@ -99,6 +99,13 @@ def register_algorithms() -> list[Algorithm]:
             needs=frozenset({"trace"}),
             description="SmoothQuant: moves outlier channels of activations into weights",
         ),
+        Algorithm(
+            name="fold-batchnorm",
+            run="bittern.calibration.batchnorm:run_fold_batchnorm",
+            restore="bittern.calibration.batchnorm:freeze_folded",
+            needs=frozenset({"trace"}),
+            description="BatchNorm: its scale goes into the weight of the layer before it",
+        ),
     ]
 
 
@@ -122,6 +129,7 @@ def register_recipes() -> list[RecipeSource]:
     descriptions = {
         "base": "nothing quantized; heads and routers are skipped",
         "int8": "W8A8: int8 weights per channel, int8 activations per tensor, static",
+        "int8-cnn": "W8A8 of convolutions and linears after BatchNorm folding, static",
         "int8-smoothquant": "W8A8 after SmoothQuant: outliers of activations go into the weights",
         "int8-weight-only": "int8 weights per channel, activations as they are; needs no data",
         "int4": "int4 weights in groups of 128, activations as they are; needs no data",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bittern.nn.observer import SharedInputs
 from bittern.runtime import SILENT, Progress
@@ -26,9 +26,12 @@ class CalibrationContext:
         trace: Traces the model on the first batch, once; ``None`` where there is no batch to run
             it on, or it does not run.
         progress: Shows where long work is.
+        undo: What to call, the last one first, if this or a later step fails: a step that changes
+            weights appends what puts them back.
     """
 
     shared: SharedInputs
     access: Callable[..., AbstractContextManager[None]]
     trace: Callable[[], Trace | None] = lambda: None
     progress: Progress = SILENT
+    undo: list[Callable[[], None]] = field(default_factory=list)

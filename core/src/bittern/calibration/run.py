@@ -97,9 +97,14 @@ def run_calibration(
     functions = [bound(s.run, plugin=registry.algorithms.plugin(s.name)) for s, _ in steps]
     for function, (step, options) in zip(functions, steps, strict=True):
         _check_options(function, step.name, options)  # all of them before the first data pass
-    with evaluating(model), _together() if needed else nullcontext():
-        for function, (_, options) in zip(functions, steps, strict=True):
-            function(model, plan, forward if needed else None, context, **options)
+    try:
+        with evaluating(model), _together() if needed else nullcontext():
+            for function, (_, options) in zip(functions, steps, strict=True):
+                function(model, plan, forward if needed else None, context, **options)
+    except BaseException:
+        for undo in reversed(context.undo):
+            undo()
+        raise
     uncalibrated = tuple(name for name, q in named_quantizers(model) if not q.calibrated)
     for name in uncalibrated:
         log.warning("%s saw no data and stays unquantized", name)

@@ -19,6 +19,7 @@ from bittern.nn.computed import weight_of
 from bittern.planning import slots_of
 from bittern.records import ModuleRule, Plan, PlanEntry
 from bittern.registry import ClassTable, Match, Registry
+from bittern.registry.targets import bound
 
 __all__ = ["restore_state"]
 
@@ -62,6 +63,9 @@ def restore_state(
         for name, quantizer in named_quantizers(model):
             quantizer.load_state(states.get(name, {}))
         model.load_state_dict(weights)
+        for name, _ in plan.algorithm:
+            if name in registry.algorithms and (step := registry.algorithms.get(name)).restore:
+                bound(step.restore, plugin=registry.algorithms.plugin(name))(model)
     except (BitternError, RuntimeError) as error:
         undo()
         raise CheckpointError(f"it does not fit this model: {error}", where=str(path)) from error

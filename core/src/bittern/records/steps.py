@@ -20,16 +20,19 @@ class Algorithm:
             ``run(model, plan, forward, context, **options)``, see `bittern.calibration.context`.
         needs: What it needs beyond the weights: any of ``data``, ``trace``, ``hessian``,
             ``gradients``. ``data`` means: only when the plan has static activation quantizers.
+        restore: ``"package.module:function"`` called as ``restore(model)`` when a saved state has
+            been loaded into a fresh model, for what the step did besides changing tensors.
         description: One line for people.
     """
 
     name: str
     run: str
     needs: frozenset[str] = frozenset()
+    restore: str | None = None
     description: str = ""
 
     def __post_init__(self) -> None:
-        check_import_strings(self, "run")
+        check_import_strings(self, "run", "restore")
 
 
 @dataclass(frozen=True, kw_only=True)
