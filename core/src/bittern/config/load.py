@@ -171,6 +171,9 @@ def _names(data: dict[str, Any], key: str, where: str) -> list[str]:
 def _override(data: Any, path: list[str], value: Any, text: str) -> None:
     key, rest = path[0], path[1:]
     if isinstance(data, list):
+        if key == "+" and not rest:
+            data.append(value)
+            return
         if key == "*":
             indices = list(range(len(data)))
         elif key.lstrip("-").isdigit() and -len(data) <= int(key) < len(data):
@@ -178,7 +181,7 @@ def _override(data: Any, path: list[str], value: Any, text: str) -> None:
         else:
             raise RecipeError(
                 f"the override {text!r} names item {key!r} of a list of {len(data)}",
-                hint="use a number, or * for every item",
+                hint="use a number, * for every item, or + for a new one",
             )
         for index in indices:
             if not rest:
@@ -198,7 +201,7 @@ def _override(data: Any, path: list[str], value: Any, text: str) -> None:
         child = {"name" if key == "match" else "format": child}
         data[key] = child
     elif child is None:
-        child = data[key] = {}
+        child = data[key] = [] if rest == ["+"] else {}
     _override(child, rest, value, text)
 
 

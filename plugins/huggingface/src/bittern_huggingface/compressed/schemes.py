@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from compressed_tensors.compressors.base import COMPRESSIBLE_MODULE_TYPES
@@ -31,6 +32,15 @@ from bittern.records import (
     PlanEntry,
     QuantizerSpec,
 )
+from bittern_huggingface.compressed.cache import cache_scheme, check_cache, is_attention
+from bittern_huggingface.compressed.experts import (
+    are_experts,
+    check_experts,
+    listed_experts,
+    listed_names,
+    of_one_expert,
+    pattern_of,
+)
 
 __all__ = ["check", "make_config", "module_schemes"]
 
@@ -45,12 +55,17 @@ def check(model: nn.Module, context: ExportContext) -> None:
     modules = dict(model.named_modules())
     for path, slots in context.plan.by_module().items():
         module = modules[path]
-        if not issubclass(original_class(module), COMPRESSIBLE_MODULE_TYPES):
+        if is_attention(slots):
+            continue
+        if are_experts(slots):
+            check_experts(model, path, slots)
+        elif not issubclass(original_class(module), COMPRESSIBLE_MODULE_TYPES):
             raise ExportError(
                 f"compressed-tensors holds Linear and Embedding, not "
                 f"{original_class(module).__name__}",
                 where=path,
-                hint="leave it out (-o 'rules.0.match={class: Linear}'), or --format safetensors",
+                hint="leave these out (-o 'skip.+={class: "
+                f"{original_class(module).__name__}}}'), or --format safetensors",
             )
         for entry in slots.values():
             if entry.parameter in tied:
@@ -60,7 +75,7 @@ def check(model: nn.Module, context: ExportContext) -> None:
                     hint="leave it out (skip: [{role: [head, embedding]}]), or untie it first",
                 )
             if isinstance(entry.granularity, PerGroup) and entry.shape is not None:
-                columns, size = entry.shape[-1], entry.granularity.size
+                columns, size = entry.shape[entry.granularity.axis], entry.granularity.size
                 if columns % size:
                     raise ExportError(
                         f"{columns} input features do not divide into groups of {size}, and "
@@ -69,25 +84,60 @@ def check(model: nn.Module, context: ExportContext) -> None:
                         hint=f"-o 'rules.*.weight.size={_divisor(columns, size)}', or "
                         "granularity: channel",
                     )
+    check_cache(model, context.plan)
     module_schemes(context.plan, model)
 
 
 def module_schemes(plan: Plan, model: nn.Module) -> dict[str, QuantizationScheme]:
-    """Return the compressed-tensors scheme of every quantized module.
+    """Return the compressed-tensors scheme of every quantized module but attention.
 
     Raises:
-        ExportError: A slot has a format or granularity that compressed-tensors cannot say.
+        ExportError: A slot has a format or granularity that compressed-tensors cannot say, or the
+            experts of two layers differ.
     """
     modules = dict(model.named_modules())
     made: dict[tuple[object, ...], QuantizationScheme] = {}
     found: dict[str, QuantizationScheme] = {}
     for path, slots in plan.by_module().items():
-        cls = original_class(modules[path])
-        key = (cls, *((slot, str(entry.spec)) for slot, entry in sorted(slots.items())))
+        if is_attention(slots):
+            continue
+        experts = are_experts(slots)
+        cls = nn.Linear if experts else original_class(modules[path])
+        said = _as_linear(slots) if experts else slots
+        key = (cls, *((slot, str(entry.spec)) for slot, entry in sorted(said.items())))
         if key not in made:
-            made[key] = _scheme(path, slots, cls)
+            made[key] = _scheme(path, said, cls)
         found[path] = made[key]
+    _check_one_scheme(plan, model, found)
     return found
+
+
+def _as_linear(slots: Mapping[str, PlanEntry]) -> dict[str, PlanEntry]:
+    """Return the slots of one matrix of experts, as those of a linear layer."""
+    found: dict[str, PlanEntry] = {}
+    for entry in slots.values():
+        name = "weight" if entry.kind == "weight" else "input"
+        spec = replace(entry.spec, granularity=of_one_expert(entry.spec.granularity), stacked=False)
+        found[name] = replace(entry, slot=name, spec=spec)
+    return found
+
+
+def _check_one_scheme(
+    plan: Plan, model: nn.Module, schemes: Mapping[str, QuantizationScheme]
+) -> None:
+    """Refuse experts of several schemes: the client takes one for all."""
+    experts = [
+        path
+        for path, slots in plan.by_module().items()
+        if are_experts(slots) and not listed_experts(model.get_submodule(path))
+    ]
+    for path in experts[1:]:
+        if schemes[path] is not schemes[experts[0]]:
+            raise ExportError(
+                f"transformers reads one scheme for all experts, and {experts[0]} has another",
+                where=path,
+                hint="give them one format, or --format safetensors",
+            )
 
 
 def _scheme(path: str, slots: Mapping[str, PlanEntry], cls: type) -> QuantizationScheme:
@@ -169,10 +219,14 @@ def make_config(plan: Plan, model: nn.Module) -> dict[str, object]:
     schemes = module_schemes(plan, model)
     groups: dict[str, QuantizationScheme] = {}
     members: dict[int, list[str]] = {}
+    modules, slots = dict(model.named_modules()), plan.by_module()
     for path, scheme in schemes.items():
-        members.setdefault(id(scheme), []).append(path)
+        targets = [path]
+        if are_experts(slots[path]):
+            listed = listed_experts(modules[path])
+            targets = listed_names(model, path) if listed else [pattern_of(model, path)]
+        members.setdefault(id(scheme), []).extend(targets)
     unique = list({id(scheme): scheme for scheme in schemes.values()}.values())
-    modules = dict(model.named_modules())
     classes = {
         "Embedding" if issubclass(original_class(modules[path]), nn.Embedding) else "Linear"
         for path in schemes
@@ -183,6 +237,9 @@ def make_config(plan: Plan, model: nn.Module) -> dict[str, object]:
         if path not in schemes
         and any(base.__name__ in classes for base in original_class(module).__mro__)
     ]
+    for path, module in modules.items():
+        if path not in schemes and listed_experts(module):
+            ignore += listed_names(model, path)
     for index, scheme in enumerate(unique):
         whole = len(unique) == 1
         targets = sorted(classes) if whole else members[id(scheme)]
@@ -193,6 +250,7 @@ def make_config(plan: Plan, model: nn.Module) -> dict[str, object]:
         format=formats.pop() if len(formats) == 1 else CompressionFormat.mixed_precision.value,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=ignore,
+        kv_cache_scheme=cache_scheme(plan),
     )
     data: dict[str, object] = config.model_dump(mode="json")
     return data

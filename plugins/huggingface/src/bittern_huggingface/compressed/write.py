@@ -21,6 +21,8 @@ from bittern.exporting import ExportContext, Written, checksum, checksums
 from bittern.exporting.packed import PackedModule, packed_modules, plain_tensors
 from bittern.numerics import Quantized, dequantize
 from bittern.records import ExportReport
+from bittern_huggingface.compressed.cache import cache_tensors, is_attention
+from bittern_huggingface.compressed.experts import are_experts, split_packed, split_plain
 from bittern_huggingface.compressed.schemes import make_config, module_schemes
 from bittern_huggingface.loading import source_of
 
@@ -45,14 +47,20 @@ def write(model: nn.Module, path: Path, context: ExportContext) -> Written:
     """Write the checkpoint into the empty directory ``path``."""
     plan = context.plan
     schemes = module_schemes(plan, model)
-    tensors = plain_tensors(model, plan, dtype=context.adapter.dtype)
+    tensors = split_plain(model, plain_tensors(model, plan, dtype=context.adapter.dtype))
     simulated: dict[str, int] = {}
     packed = packed_modules(model, context.access)
-    for item in context.progress.track(packed, "packing", total=len(schemes)):
+    slots = plan.by_module()
+    for item in context.progress.track(packed, "packing", total=len(slots)):
+        if is_attention(slots[item.path]):
+            tensors |= cache_tensors(item)
+            continue
         scheme = schemes[item.path]
-        for name, tensor in _packed(item, scheme).items():
-            tensors[f"{item.path}.{name}"] = tensor.detach().cpu()
-        simulated[f"{item.path}.weight"] = checksum(_simulated(item.weights["weight"]))
+        apart = are_experts(slots[item.path])
+        for part in split_packed(model, item) if apart else [item]:
+            for name, tensor in _packed(part, scheme).items():
+                tensors[f"{part.path}.{name}"] = tensor.detach().cpu()
+            simulated[f"{part.path}.weight"] = checksum(_simulated(part.weights["weight"]))
     _save_shards(tensors, path)
     _save_config(model, path, make_config(plan, model), context.adapter.dtype)
     _copy_companions(model, path)
