@@ -80,6 +80,9 @@ class TestAlgorithms(AlgorithmConformance):
     def cases(self) -> list[AlgorithmCase]:
         return [
             AlgorithmCase("max"),
+            AlgorithmCase("percentile"),
+            AlgorithmCase("entropy"),
+            AlgorithmCase("mse"),
             AlgorithmCase("smooth", pipeline=["smooth", "max"]),
             AlgorithmCase("fold-batchnorm", pipeline=["fold-batchnorm", "max"]),
         ]
