@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -207,10 +207,10 @@ class _Flow(Intercept):
             if not marks:
                 continue
             found: list[int] = []
-            for x in _tensors((call.args, tuple(call.kwargs.values()))):
+            for x in _tensors((*call.args, *call.kwargs.values())):
                 found += marks.get(x) or ()
             if found:
-                for x in _tensors(result):
+                for x in _tensors((result,)):
                     marks.add(x, tuple(dict.fromkeys(found)))
         return result
 
@@ -235,12 +235,15 @@ def _both_activations(a: Any, b: Any) -> bool:
     return not any(isinstance(x, nn.Parameter) for x in (a, b, a._base, b._base))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
+def _tensors(values: tuple[Any, ...]) -> list[Tensor]:
+    """Return the tensors among arguments or results, and those in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
 
 
 def attend(
