@@ -62,8 +62,8 @@ def check_cache(model: nn.Module, plan: Plan) -> None:
                 )
         if hasattr(model.get_submodule(path), LATENT):
             raise ExportError(
-                "the cache of this attention holds latents, from which keys and values are computed "
-                "anew; what was quantized are the keys and values",
+                "the cache of this attention holds latents, from which keys and values are "
+                "computed anew; what was quantized are the keys and values",
                 where=path,
                 hint="leave out kv_cache, or --format safetensors",
             )

@@ -14,16 +14,15 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import moe
 
 from bittern.nn import original_class
 from bittern.records import ATTENTION_SLOTS, ModuleRule
 from bittern.registry import target_of
 
-__all__ = ["attends", "discovered_rules", "holds_experts"]
+__all__ = ["attends", "decorated", "discovered_rules"]
 
 PACKAGE = "bittern_huggingface.modules"
-# What `use_experts_implementation` of transformers sets on the experts that it decorates.
-DECORATED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 ATTENTION = frozenset({"scaled_dot_product_attention", "softmax"})
 
@@ -35,13 +34,11 @@ def discovered_rules(model: nn.Module) -> list[ModuleRule]:
         model: A model; converted modules count as what they were.
     """
     rules: dict[type, ModuleRule] = {}
-    for module in model.modules():
-        cls = original_class(module)
-        if cls in rules:
-            continue
-        if holds_experts(module):
-            rules[cls] = ModuleRule(
-                target=target_of(cls),
+    for cls in dict.fromkeys(original_class(module) for module in model.modules()):
+        experts = next(filter(decorated, cls.__mro__), None)
+        if experts is not None:
+            rules[experts] = ModuleRule(
+                target=target_of(experts),
                 quantized=f"{PACKAGE}.experts:QuantExperts",
                 slots_from=f"{PACKAGE}.experts:expert_slots",
                 like="Linear",
@@ -57,9 +54,9 @@ def discovered_rules(model: nn.Module) -> list[ModuleRule]:
     return list(rules.values())
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Whether a module is one that `use_experts_implementation` decorates."""
-    return all(isinstance(getattr(module, name, None), bool) for name in DECORATED)
+def decorated(cls: type) -> bool:
+    """Whether a class has the ``forward`` that `use_experts_implementation` gives to experts."""
+    return getattr(vars(cls).get("forward"), "__globals__", None) is vars(moe)
 
 
 @cache

@@ -106,7 +106,7 @@ class QuantExperts(QuantModule):
         found = self._implementation()(_Operands(self, experts), rows, flat.unsqueeze(-1), ones)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        weighted = found[back].view(*index.shape, -1) * weights.unsqueeze(-1)
+        weighted = found[back].view(*index.shape, found.shape[-1]) * weights.unsqueeze(-1)
         return weighted.sum(1).to(tokens.dtype)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
