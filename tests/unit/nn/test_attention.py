@@ -199,11 +199,15 @@ class Twice(Attention):
         return Sdpa.forward(self, q, k, v) + Operators.forward(self, q, k, v)
 
 
+ORDER = torch.arange(S).expand(H, B, L, S)
+
+
 class Biased(Attention):
     """Two products of one softmax, as of contents and of positions."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = q @ k.mT + q @ k.flip(-2).mT
+        scores = q @ k.mT
+        scores += (q @ k.flip(-2).mT).transpose(0, 1).gather(-1, ORDER).transpose(0, 1)
         return torch.softmax(scores, -1) @ v
 
 
@@ -305,6 +309,13 @@ class Lost(Attention):
         return torch.softmax((q @ k.mT).cumsum(-1), -1) @ v
 
 
+class Crossed(Attention):
+    """Keys first, and turned before the softmax: the operands would be taken for each other."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax((k @ q.mT).transpose(-1, -2), -1) @ v
+
+
 class Columns(Attention):
     """Keys first: the softmax runs over the other axis."""
 
@@ -320,6 +331,7 @@ class Columns(Attention):
         (Linear, "k", r"the product of \(2, 4, 5, 8\) and \(2, 4, 8, 6\) in its forward leads to"),
         (Linear, "v", "ended and v of its attention never showed"),
         (Lost, "qkvp", "leads to no softmax that could be followed"),
+        (Crossed, "q", "leads to no softmax that could be followed"),
         (Columns, "q", "runs over axis -2"),
     ],
 )

@@ -39,12 +39,15 @@ _ELEMENTWISE = (
     "dropout_ to type float half bfloat16 double type_as clone contiguous detach"
 )
 _SHAPES = (
-    "view reshape view_as reshape_as expand expand_as unsqueeze squeeze transpose permute swapaxes "
-    "movedim flatten unflatten __getitem__ narrow select split chunk unbind cat concat concatenate "
-    "stack pad repeat repeat_interleave index_select triu tril"
+    "view reshape view_as reshape_as expand expand_as unsqueeze squeeze flatten unflatten "
+    "__getitem__ narrow select split chunk unbind cat concat concatenate stack pad repeat "
+    "repeat_interleave index_select gather take_along_dim roll flip triu tril"
 )
+# These may make the keys of scores their queries.
+_TURNS = "transpose permute swapaxes swapdims movedim moveaxis t adjoint"
 _GETTERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
-_KEEPING = frozenset({*variants(*_ELEMENTWISE.split(), *_SHAPES.split()), *_GETTERS})
+_TURNING = frozenset({*variants(*_TURNS.split()), *_GETTERS})
+_KEEPING = frozenset({*variants(*_ELEMENTWISE.split(), *_SHAPES.split()), *_TURNING})
 
 _INPUT = Place(0, ("input", "self"))
 _DIM = Place(1, ("dim",))
@@ -60,10 +63,10 @@ class QuantAttention(QuantModule):
       computed by `attend`, step by step;
     - ``matmul`` -> ``softmax`` -> ``matmul`` (also ``@``, ``bmm``, ``baddbmm``). The product of two
       activations is one of scores: ``q`` and the transposed ``k``. Its result, through elementwise
-      functions, masks, slices, ``cat`` and changes of shape, must reach a softmax over the last
-      axis. The result of that, through the same and dropout, is ``p`` where it is an operand of a
-      product, and the other operand is ``v``. Products with a parameter, and of a batch with one
-      matrix, are linear layers and are left alone.
+      functions, masks, slices, ``cat`` and changes of shape that leave the last axis in place, must
+      reach a softmax over that axis. The result of that, through the same and dropout, is ``p``
+      where it is an operand of a product, and the other operand is ``v``. Products with a
+      parameter, and of a batch with one matrix, are linear layers and are left alone.
 
     A forward that ends without having shown what a slot waits for is an error, and so is a product
     taken for one of scores that led to no softmax: nothing is skipped in silence.
@@ -206,6 +209,8 @@ class _Flow(Intercept):
         for marks in (self._scores, self._shares):
             if not marks:
                 continue
+            if marks is self._scores and call.func in _TURNING and not _same_rows(call, result):
+                continue
             found: list[int] = []
             for x in _tensors((*call.args, *call.kwargs.values())):
                 found += marks.get(x) or ()
@@ -233,6 +238,13 @@ def _both_activations(a: Any, b: Any) -> bool:
     if a.dim() != b.dim() and min(a.dim(), b.dim()) == 2:
         return False
     return not any(isinstance(x, nn.Parameter) for x in (a, b, a._base, b._base))
+
+
+def _same_rows(call: Call, result: Tensor) -> bool:
+    """Whether a change of axes left the last one, which is that of the keys, where it is."""
+    before = call.get(_INPUT)
+    same: bool = result.shape[-1] == before.shape[-1] and result.stride(-1) == before.stride(-1)
+    return same
 
 
 def _tensors(values: tuple[Any, ...]) -> list[Tensor]:

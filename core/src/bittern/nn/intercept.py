@@ -124,11 +124,12 @@ class Marks:
         self._items.append((weakref.ref(x), value))
 
     def get(self, x: object) -> tuple[int, ...] | None:
-        """Return the value of a tensor, ``None`` where it has no mark."""
+        """Return all that a tensor was marked with, ``None`` where it has no mark."""
+        found: tuple[int, ...] = ()
         for reference, value in self._items:
             if reference() is x:
-                return value
-        return None
+                found += value
+        return found or None
 
 
 # --- the mode -------------------------------------------------------------------------------------
