@@ -263,6 +263,29 @@ def test_no_format_rounds_weights_worse_than_with_the_maximum(name: str, toolkit
         assert errors["mse"] < 0.97 * errors["max"]
 
 
+class Branches(nn.Module):
+    """Reads one tensor with two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 8), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_weights_that_read_one_tensor_keep_one_global_scale(toolkit: Toolkit) -> None:
+    torch.manual_seed(0)
+    model = Branches()
+    nn.init.normal_(model.a.weight, std=5)
+    recipe = {"rules": [{"match": "*", "weight": "nvfp4"}], "algorithm": "mse"}
+    toolkit.quantize(model, recipe, [torch.randn(4, 32)])
+    quantizers = dict(named_quantizers(model))
+    largest = model.a.weight.detach().abs().max()
+    for name in ("a.weight", "b.weight"):
+        assert torch.equal(quantizers[name].global_amax, largest)
+
+
 def test_weights_of_zeros_stay_zeros(toolkit: Toolkit) -> None:
     model = nn.Sequential(nn.Linear(8, 3))
     nn.init.zeros_(model[0].weight[1])
