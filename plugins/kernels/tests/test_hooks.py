@@ -1,14 +1,19 @@
-"""The plugin loads without torch and its rule resolves to the kernel."""
+"""The plugin loads without torch, and serves who names its backend."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from bittern import Toolkit
-from bittern_kernels import cpu
+from bittern.errors import NumericsError
+from bittern_kernels import compiled
+from bittern_kernels.hooks import FORMATS
+
+CPU = torch.device("cpu")
 
 
 def test_hooks_import_no_torch():
@@ -21,16 +26,24 @@ def test_hooks_import_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_the_toolkit_finds_the_kernel_for_every_format_and_dtype():
+def test_the_backend_is_found_by_name_for_every_format_and_dtype():
     table = Toolkit(plugins=["kernels"]).registry.kernels
-    for name in ("int8", "int4", "fp8"):
+    assert table.backends() == ("compile",)
+    for name in FORMATS:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            found = table.find("fake_quantize", name, torch.device("cpu"), dtype)
-            assert found is cpu.fake_quantize
+            found = table.find("fake_quantize", name, CPU, dtype, backend="compile")
+            assert found is compiled.fake_quantize
 
 
-def test_other_formats_and_dtypes_are_left_to_the_reference():
+def test_nobody_gets_a_compiler_without_asking():
     table = Toolkit(plugins=["kernels"]).registry.kernels
-    device = torch.device("cpu")
-    assert table.find("fake_quantize", "nvfp4", device, torch.float32) is None
-    assert table.find("fake_quantize", "int8", device, torch.float64) is None
+    assert table.find("fake_quantize", "int8", CPU, torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("nvfp4", torch.float32), ("int8", torch.float64)], ids=str
+)
+def test_what_the_backend_cannot_do_is_an_error(name, dtype):
+    table = Toolkit(plugins=["kernels"]).registry.kernels
+    with pytest.raises(NumericsError, match="no backend 'compile' does fake_quantize in"):
+        table.find("fake_quantize", name, CPU, dtype, backend="compile")

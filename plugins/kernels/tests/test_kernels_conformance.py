@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import pytest
 
+from bittern.records import PerGroup, PerTensor
 from bittern.testing import KernelConformance, PluginConformance
-from bittern_kernels import cpu
+from bittern_kernels import compiled
 
 
 class TestPlugin(PluginConformance):
     plugin = "kernels"
 
 
+@pytest.mark.heavy
 class TestKernels(KernelConformance):
+    """Every row length is compiled anew: therefore granularities with one, and few examples."""
+
     plugin = "kernels"
+    granularities = (PerTensor(), PerGroup(16))
+    examples = 10
 
     @pytest.fixture(autouse=True)
     def every_size(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Small tensors take the kernel too, in several chunks."""
-        sizes = dict.fromkeys(cpu.SMALLEST, 1)
-        monkeypatch.setattr(cpu, "SMALLEST", sizes)
-        monkeypatch.setattr(cpu, "SMALLEST_FLOAT32", sizes)
-        monkeypatch.setattr(cpu, "SMALLEST_OF_ALL", 1)
-        monkeypatch.setattr(cpu, "CHUNK", 256)
-
-
-class TestKernelsAsTheyAre(KernelConformance):
-    """With its own thresholds, under which most tensors here are left to the reference."""
-
-    plugin = "kernels"
-    examples = 5
+        """Small tensors are compiled too."""
+        monkeypatch.setattr(compiled, "SMALLEST", 1)

@@ -7,15 +7,25 @@ from bittern.records import KernelRule
 
 __all__ = ["register_kernels"]
 
+# Block formats are missing on purpose: compiled, they are not faster than core.
+FORMATS = (
+    *(f"int{bits}" for bits in range(2, 9)),
+    "int4-asym",
+    "int8-asym",
+    "fp8",
+    "fp8-e5m2",
+)
+
 
 @hookimpl
 def register_kernels() -> list[KernelRule]:
-    """Fake quantization on the CPU: int8, int4, fp8."""
+    """The backend ``compile``: fake quantization on the CPU through torch.compile."""
     return [
         KernelRule(
             op="fake_quantize",
-            impl="bittern_kernels.cpu:fake_quantize",
+            impl="bittern_kernels.compiled:fake_quantize",
             device="cpu",
-            formats=("int8", "int4", "fp8"),
+            formats=FORMATS,
+            backend="compile",
         )
     ]
