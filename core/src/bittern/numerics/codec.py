@@ -18,7 +18,7 @@ from bittern.errors import PluginError
 from bittern.records import NumberFormat
 from bittern.registry.targets import bound
 
-__all__ = ["LARGEST", "SMALLEST", "Codec", "Scales", "codec_of", "linear_scale"]
+__all__ = ["LARGEST", "SMALLEST", "Codec", "Scales", "codec_of", "linear_scale", "quotient"]
 
 # Smallest positive float32; a scale that underflows is clamped to it, never 0 (numerics.md).
 SMALLEST = 2.0**-149
@@ -112,13 +112,22 @@ class Codec(ABC):
         raise NotImplementedError
 
 
+def quotient(values: Tensor, divisor: float) -> Tensor:
+    """Return ``values / divisor``, rounded once on every device.
+
+    By a Python number, or a scalar on the CPU, CUDA multiplies with the reciprocal, which is
+    rounded before.
+    """
+    return values / torch.full((), divisor, dtype=values.dtype, device=values.device)
+
+
 def linear_scale(amax: Tensor, max_value: float) -> Tensor:
     """``amax / max_value``, such that ``max_value`` decodes to a finite number; 1 where amax is 0.
 
     A NaN or infinite ``amax`` stays one.
     """
     amax = amax.float()
-    scale = (amax / max_value).clamp_min(SMALLEST)
+    scale = quotient(amax, max_value).clamp_min(SMALLEST)
     # float32(amax / max) may be rounded up, so that max times it would be Inf for the largest amax
     mantissa, exponent = math.frexp(min(LARGEST / max_value, LARGEST))
     limit = math.ldexp(math.floor(math.ldexp(mantissa, 24)), exponent - 24)  # a float32, cut off

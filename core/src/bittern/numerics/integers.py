@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import NumericsError
-from bittern.numerics.codec import LARGEST, SMALLEST, Codec, Scales, linear_scale
+from bittern.numerics.codec import LARGEST, SMALLEST, Codec, Scales, linear_scale, quotient
 
 __all__ = ["IntCodec"]
 
@@ -78,7 +78,8 @@ class IntCodec(Codec):
         steps = self.max_value - self.min_value
         low, high = low.float(), high.float()
         width = high - low
-        scale = torch.where(width <= LARGEST, width / steps, high / steps - low / steps)
+        apart = quotient(high, steps) - quotient(low, steps)  # where the width overflows
+        scale = torch.where(width <= LARGEST, quotient(width, steps), apart)
         scale = scale.clamp_min(SMALLEST)
         scale = torch.where(width == 0, torch.ones_like(scale), scale)
         zero = (self.min_value - low / scale).round().clamp(self.min_value, self.max_value)

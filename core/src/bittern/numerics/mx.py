@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bittern.errors import NumericsError
-from bittern.numerics.codec import LARGEST, Codec, Scales
+from bittern.numerics.codec import LARGEST, Codec, Scales, quotient
 from bittern.numerics.floats import GridCodec
 from bittern.numerics.grids import BIAS, GRIDS, MANTISSA, FloatGrid
 from bittern.numerics.integers import IntCodec
@@ -86,7 +86,7 @@ class _PowerOfTwo(Codec):
 
     def _ceil(self, amax: Tensor) -> Tensor:
         amax = amax.float()
-        return _scale(amax, exponent_ceil(amax / self.max_value))
+        return _scale(amax, exponent_ceil(quotient(amax, self.max_value)))
 
     def _floor(self, amax: Tensor) -> Tensor:
         amax = amax.float()

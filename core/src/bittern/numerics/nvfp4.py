@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bittern.numerics.codec import LARGEST, Scales, linear_scale
+from bittern.numerics.codec import LARGEST, Scales, linear_scale, quotient
 from bittern.numerics.floats import GridCodec
 from bittern.numerics.grids import E2M1, E4M3, FloatGrid
 
@@ -59,7 +59,7 @@ class NVFP4Codec(GridCodec):
 
 def _block_scale(amax: Tensor, largest: float, global_scale: Tensor | None) -> Tensor:
     amax = amax.float()
-    unit = largest if global_scale is None else largest * global_scale
-    scale = E4M3.round_((amax / unit).clamp_(SMALLEST_BLOCK_SCALE, E4M3.max_value))
+    ratio = quotient(amax, largest) if global_scale is None else amax / (largest * global_scale)
+    scale = E4M3.round_(ratio.clamp_(SMALLEST_BLOCK_SCALE, E4M3.max_value))
     scale = torch.where(amax == 0, torch.ones_like(scale), scale)
     return torch.where(amax <= LARGEST, scale, amax)  # NaN and Inf stay
