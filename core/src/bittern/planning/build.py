@@ -145,11 +145,13 @@ def build_plan(
         if found:
             entries.extend(found)
             classes[path] = match.rule.quantized
-            held = {slot.tensor for slot in slots_of(match, module)}
+            slots = slots_of(match, module)
+            held = {slot.tensor for slot in slots}
+            stacked = any(slot.stacked for slot in slots)
             warnings += [
                 f"{_at(path, name)} stays as it is: the rule of {match.plugin} for "
                 f"{match.rule.target} has no slot for it"
-                for name in _matrices(module)
+                for name in _matrices(module, stacked=stacked)
                 if name not in held
             ]
         elif bearing:
@@ -200,9 +202,15 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _matrices(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters that are worth quantizing: no vectors."""
-    return [name for name, p in module.named_parameters(recurse=False) if p.dim() > 1]
+def _matrices(module: nn.Module, *, stacked: bool = False) -> list[str]:
+    """Return the names of a module's own parameters that are worth quantizing: no vectors.
+
+    Args:
+        module: The module.
+        stacked: Whether its parameters stack those of experts.
+    """
+    least = 3 if stacked else 2
+    return [name for name, p in module.named_parameters(recurse=False) if p.dim() >= least]
 
 
 def _at(path: str, name: str) -> str:
