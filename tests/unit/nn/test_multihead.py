@@ -317,6 +317,14 @@ def test_an_encoder_in_evaluation_uses_the_quantizers_of_its_layers(
     assert same_bits(model(x), before[0])
 
 
+@torch.no_grad()
+def test_a_converted_encoder_compiles_without_a_break(toolkit: Toolkit) -> None:
+    model, x = encoder(), torch.randn(N, L, E)
+    toolkit.quantize(model, {"rules": [{"match": "layers.1.linear1", "weight": "int4"}]})
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
 def test_an_encoder_that_holds_nothing_quantized_keeps_its_class(toolkit: Toolkit) -> None:
     model = nn.ModuleDict({"encoder": encoder(), "head": nn.Linear(E, 2)})
     toolkit.quantize(model, {"rules": [{"match": "head", "weight": "int8"}]})

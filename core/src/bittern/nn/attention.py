@@ -207,7 +207,7 @@ class _Flow(Intercept):
     def _keep(self, call: Call) -> Any:
         result = call.run()
         for marks in (self._scores, self._shares):
-            if not marks:
+            if len(marks) == 0:
                 continue
             if marks is self._scores and call.func in _TURNING and not _same_rows(call, result):
                 continue

@@ -8,6 +8,7 @@ child is converted, such a layer gets a class that calls it, without any quantiz
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from bittern.nn.intercept import is_active
@@ -42,7 +43,10 @@ def _converted_inside(module: nn.Module) -> bool:
     return any(isinstance(child, QuantModule) for child in module.modules())
 
 
-def _quantizing(module: nn.Module) -> bool:
+def _unfused(module: nn.Module) -> bool:
+    # a compiler fuses by itself, and does not look into vars of a module
+    if torch.compiler.is_compiling():
+        return True
     return any(is_active(quantizer) for _, quantizer in named_quantizers(module))
 
 
@@ -56,8 +60,7 @@ class _CallingEncoderLayer(QuantModule):
     @property
     def activation_relu_or_gelu(self) -> int:
         """0: an activation that the fused kernel does not know."""
-        own: int = vars(self)["activation_relu_or_gelu"]
-        return 0 if _quantizing(self) else own
+        return 0 if _unfused(self) else int(vars(self)["activation_relu_or_gelu"])
 
 
 class _CallingEncoder(QuantModule):
@@ -66,5 +69,4 @@ class _CallingEncoder(QuantModule):
     @property
     def use_nested_tensor(self) -> bool:
         """What ``enable_nested_tensor=False`` would have set."""
-        own: bool = vars(self)["use_nested_tensor"]
-        return own and not _quantizing(self)
+        return not _unfused(self) and bool(vars(self)["use_nested_tensor"])

@@ -111,8 +111,8 @@ class Marks:
     def __init__(self) -> None:
         self._items: list[tuple[Callable[[], Tensor | None], tuple[int, ...]]] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._items)
+    def __len__(self) -> int:
+        return len(self._items)
 
     def add(self, x: Tensor, value: tuple[int, ...]) -> None:
         """Mark a tensor."""
