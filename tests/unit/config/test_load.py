@@ -416,6 +416,10 @@ def two(sources: dict[str, Any]) -> None:
         ("algorithm.0=gptq", "algorithm.0.name", "gptq"),
         ("algorithm=[smooth, gptq]", "algorithm.1.name", "gptq"),
         ("kv_cache.format=fp8", "kv_cache.format", "fp8"),
+        ("skip.+=y", "skip.0.name", ["x"]),
+        ("skip.+=y", "skip.2.name", ["y"]),
+        ("rules.+={match: c, input: null}", "rules.2.match.name", ["c"]),
+        ("requires.+=p", "requires.0", "p"),
     ],
 )
 def test_an_override_reaches(override: str, where: str, value: Any, load: Load) -> None:
