@@ -348,6 +348,25 @@ def test_training_a_range_lowers_the_error(formats: Any) -> None:
     assert after < 0.8 * before
 
 
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)])
+def test_a_learned_range_is_kept_and_exported_as_it_is_used(
+    granularity: Any, formats: Any, x: Tensor
+) -> None:
+    spec = QuantizerSpec(formats("int4"), granularity)
+    quantizer = TensorQuantizer(spec, tensor="weight")
+    quantizer.calibrate_on(x)
+    calibrated = quantizer(x)
+    with torch.no_grad():
+        quantizer.learn().mul_(0.5)
+    expected = quantizer(x).detach()
+    assert not torch.equal(expected, calibrated)
+
+    again = TensorQuantizer(spec, tensor="weight")
+    again.load_state(quantizer.state())
+    assert torch.equal(again(x), expected)
+    assert torch.equal(fake_quantize(x, spec, quantizer.scales), expected)
+
+
 def test_what_cannot_be_learned_says_why(formats: Any, x: Tensor) -> None:
     dynamic = TensorQuantizer(QuantizerSpec(formats("int8"), PerToken(), dynamic=True), name="a")
     with pytest.raises(NumericsError, match="a: only a calibrated static range"):

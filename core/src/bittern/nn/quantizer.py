@@ -126,6 +126,9 @@ class TensorQuantizer(nn.Module):
     @property
     def scales(self) -> Scales | None:
         """The static scales; ``None`` for dynamic quantizers and before calibration."""
+        learned = self._parameters.get("amax")
+        if learned is not None:  # no step of training tells us, so they are derived when asked for
+            return scales_for(Range(learned.detach()), self.spec)
         return self._scales
 
     @property
@@ -263,6 +266,8 @@ class TensorQuantizer(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Return everything calibration found out, by name."""
         found = {name: value for name in BUFFERS if (value := getattr(self, name)) is not None}
+        if (scales := self.scales) is not None:
+            found["scale"] = scales.scale
         if self.transforms is not None:
             found |= {f"transforms.{name}": v for name, v in self.transforms.state().items()}
         return {name: value.detach() for name, value in found.items()}
