@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -86,6 +87,21 @@ def test_codes_and_both_scales_are_those_of_the_rule(seed: int, spread: float) -
     assert packed.scales.global_scale.item() == g
     assert torch.equal(packed.scales.scale, torch.from_numpy(scales))
     assert packed.codes.tolist() == codes
+
+
+def test_the_ratio_of_a_block_scale_is_divided_once() -> None:
+    """Beside the middles of e4m3 numbers ``amax / (6 * g)`` and ``amax / g / 6`` round apart."""
+    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(E4M3)])
+    codec, apart = codec_of(NVFP4.format), 0
+    for g in torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.01:
+        amax = middles * (6 * g)
+        amax = torch.cat([amax, torch.nextafter(amax, amax * 2), torch.nextafter(amax, amax / 2)])
+        ratio = amax.numpy() / (np.float32(6) * g.numpy())
+        expected = torch.from_numpy(ratio).to(torch.float8_e4m3fn).float().clamp_min(2.0**-9)
+        assert torch.equal(codec.scales(amax, g).scale, expected)
+        other = torch.from_numpy(amax.numpy() / g.numpy() / np.float32(6))
+        apart += int((other.to(torch.float8_e4m3fn).float().clamp_min(2.0**-9) != expected).sum())
+    assert apart > 0  # or this test shows nothing
 
 
 def test_ties_between_codes_go_to_the_even_one() -> None:

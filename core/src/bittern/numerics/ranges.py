@@ -190,6 +190,8 @@ def _error(blocks: Tensor, step: Tensor, codec: Codec, spec: QuantizerSpec) -> T
 
 def _tree_sum(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Add up over ``dims``, which are kept as 1, always in the same order; writes to ``values``."""
+    if dims and torch.compiler.is_compiling():  # Triton fails on the kernel of the loop below
+        return values.sum(dims, keepdim=True)
     for dim in dims:
         while (size := values.shape[dim]) > 1:
             rest = size // 2
