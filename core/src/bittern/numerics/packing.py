@@ -88,8 +88,9 @@ def pack_nibbles(codes: Tensor, *, axis: int = -1) -> Tensor:
     signed = codes.dtype.is_signed
     check_codes(codes, -8 if signed else 0, 7 if signed else 15)
     nibbles = _padded(codes.movedim(axis, -1), 2).to(torch.uint8).contiguous() & 0xF
-    pairs = nibbles.view(torch.int16)  # little-endian; slicing out every second byte is slow
+    pairs = nibbles.flatten().view(torch.int16)  # little-endian; strided bytes are slow
     packed = (pairs | pairs >> 4).to(torch.uint8)
+    packed = packed.view(*nibbles.shape[:-1], nibbles.shape[-1] // 2)
     return packed.movedim(-1, axis).contiguous()
 
 
