@@ -28,7 +28,7 @@ from bittern.calibration.search import Error, best_range, multipliers, squared
 from bittern.calibration.shared import share_ranges
 from bittern.errors import CalibrationError, PluginError
 from bittern.nn import TensorQuantizer, named_quant_modules
-from bittern.numerics import codec_of, measure
+from bittern.numerics import codec_of
 from bittern.records import PerChannel, PerTensor, Plan, QuantizerSpec
 from bittern.registry.targets import resolve
 
@@ -182,18 +182,17 @@ def _weights(model: nn.Module, context: CalibrationContext, error: Error) -> Non
         with context.access(module, write=False):
             for quantizer in searched:
                 weight = getattr(module, quantizer.tensor or "").detach()
-                spec = quantizer.spec
+                largest, spec = quantizer.range, quantizer.spec  # with the global scale it shares
+                assert largest is not None
                 candidates = multipliers(spec, octaves=_OCTAVES)
-                found = best_range(
-                    weight, measure(weight, spec), spec, candidates=candidates, error=error
-                )
-                quantizer.set_range(found, weight)
+                found = best_range(weight, largest, spec, candidates=candidates, error=error)
+                quantizer.set_range(found)
 
 
 def _searchable(quantizer: TensorQuantizer) -> bool:
     """Return whether rounding a weight is all that its quantizer does, in a range of its choice."""
     spec = quantizer.spec
-    plain = spec.rotation is None and spec.affine is None and spec.then is None
+    plain = quantizer.transforms is None and spec.then is None
     given = spec.dynamic or spec.constant_amax is not None
     return plain and not given and not codec_of(spec.format).fitted
 
