@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bittern.errors import BitternError, NumericsError
-from bittern.numerics import Scales, amax, fake_quantize, scales_from_amax
+from bittern.numerics import Range, Scales, fake_quantize, measure, scales_for
 from bittern.records import (
     Granularity,
     KernelRule,
@@ -243,12 +243,21 @@ class KernelConformance(Conformance):
             return  # this tensor has no such granularity
         there = x.to(device)
         before = there.clone()
-        given = None if scales is None else Scales(scales.scale.to(device))
+        given = None if scales is None else _moved(scales, device)
         found = function(there, spec, given)
         kind = f"{what}, {tuple(x.shape)} {x.dtype}, {spec}, scales {_words(scales)}"
         assert_bit_identical(before, there, what=f"input ({kind})")
         if found is not None:
             assert_bit_identical(expected, found.to("cpu"), what=f"output ({kind})", any_nan=True)
+
+
+def _moved(scales: Scales, device: torch.device) -> Scales:
+    zero, upper = scales.zero_point, scales.global_scale
+    return Scales(
+        scales.scale.to(device),
+        zero_point=None if zero is None else zero.to(device),
+        global_scale=None if upper is None else upper.to(device),
+    )
 
 
 def _static(x: Tensor, spec: QuantizerSpec) -> list[Scales | None]:
@@ -260,11 +269,15 @@ def _with_scales(
     x: Tensor, spec: QuantizerSpec, change: Callable[[Tensor], Tensor]
 ) -> Scales | None:
     """Return the scales of a changed range; ``None`` where the shape has no such granularity."""
+    largest = torch.finfo(torch.float32).max
     try:
-        values = amax(x.nan_to_num(1.0, 1.0, -1.0), spec.granularity)
+        found = measure(x.nan_to_num(1.0, 1.0, -1.0), spec)
+        low = None if found.amin is None else -change(-found.amin).clamp_max(largest)
+        upper = None if found.global_amax is None else change(found.global_amax).clamp_max(largest)
+        changed = Range(change(found.amax).clamp_max(largest), amin=low, global_amax=upper)
+        return scales_for(changed, spec)
     except NumericsError:
         return None
-    return scales_from_amax(change(values).clamp_max(torch.finfo(torch.float32).max), spec)
 
 
 def _words(scales: Scales | None) -> str:
