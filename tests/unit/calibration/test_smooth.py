@@ -290,3 +290,13 @@ def test_nan_is_named_and_nothing_is_folded(toolkit: Toolkit) -> None:
     with pytest.raises(CalibrationError, match="NaN or Inf in batch 1"):
         toolkit.quantize(model, SMOOTH, data)
     assert {n for n in changed(model, before) if n != "embed.weight"} == set()
+
+
+def test_a_later_step_that_fails_gives_the_weights_back(toolkit: Toolkit) -> None:
+    model = decoder()
+    before = weights(model)
+    recipe = {"extends": "int8-smoothquant", "algorithm": ["smooth", {"percentile": {"p": 101}}]}
+    with pytest.raises(CalibrationError, match="101"):
+        toolkit.quantize(model, recipe, tokens())
+    assert not changed(model, before)
+    assert not list(named_quantizers(model))

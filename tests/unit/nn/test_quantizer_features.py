@@ -367,6 +367,17 @@ def test_a_learned_range_is_kept_and_exported_as_it_is_used(
     assert torch.equal(fake_quantize(x, spec, quantizer.scales), expected)
 
 
+def test_a_learned_range_below_zero_counts_by_its_magnitude(formats: Any, x: Tensor) -> None:
+    quantizer = TensorQuantizer(QuantizerSpec(formats("int4"), PerTensor()), tensor="weight")
+    quantizer.calibrate_on(x)
+    learned = quantizer.learn()
+    expected = quantizer(x).detach()
+    with torch.no_grad():
+        learned.neg_()
+    assert torch.equal(quantizer(x), expected)
+    assert torch.equal(fake_quantize(x, quantizer.spec, quantizer.scales), expected)
+
+
 def test_what_cannot_be_learned_says_why(formats: Any, x: Tensor) -> None:
     dynamic = TensorQuantizer(QuantizerSpec(formats("int8"), PerToken(), dynamic=True), name="a")
     with pytest.raises(NumericsError, match="a: only a calibrated static range"):

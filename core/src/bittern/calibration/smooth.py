@@ -11,6 +11,7 @@ model computes what it did, bit for bit but for underflow.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,12 @@ def _smooth(
     exponent = alpha * inputs.log2() - (1 - alpha) * weights.log2()
     usable = (inputs > 0) & (weights > 0)
     exponent = torch.where(usable, exponent, 0).round().clamp(-_LIMIT, _LIMIT)
+    _move(model, fold, exponent, context)
+    context.undo.append(partial(_move, model, fold, -exponent, context))  # exact: powers of two
+
+
+def _move(model: nn.Module, fold: Fold, exponent: Tensor, context: CalibrationContext) -> None:
+    """Divide the producer by two to the ``exponent``, and multiply the consumers by it."""
     for members, sign in ((fold.scaled, -1), (fold.divided, 1)):
         for member in members:
             with context.access(model.get_submodule(member.module), write=True):

@@ -128,7 +128,7 @@ class TensorQuantizer(nn.Module):
         """The static scales; ``None`` for dynamic quantizers and before calibration."""
         learned = self._parameters.get("amax")
         if learned is not None:  # no step of training tells us, so they are derived when asked for
-            return scales_for(Range(learned.detach()), self.spec)
+            return scales_for(Range(learned.detach().abs()), self.spec)
         return self._scales
 
     @property

@@ -71,10 +71,11 @@ def learned_range(x: Tensor, amax: Tensor, spec: QuantizerSpec) -> Tensor:
 
     Args:
         x: The input.
-        amax: Positive range, float32, in the granularity's shape; it gets the gradient.
+        amax: Range, float32, in the granularity's shape; it gets the gradient. Training may take
+            it below 0: its magnitude counts.
         spec: A symmetric format of one level.
     """
-    codec = codec_of(spec.format)
+    codec, amax = codec_of(spec.format), amax.abs()
     step = torch.where(amax == 0, torch.ones_like(amax), amax / codec.max_value)
     step = expand_scale(step, spec.granularity)
     values = as_blocks(x.float(), spec.granularity) / step
