@@ -58,7 +58,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
         first, second = pairs.unbind(-2)
         values = torch.stack((first + second, first - second), dim=-2).flatten(-3)
         half *= 2
-    return (values / math.sqrt(block)).reshape(shape)
+    return (values * (1.0 / math.sqrt(block))).reshape(shape)  # a product is alike everywhere
 
 
 def rotate(
