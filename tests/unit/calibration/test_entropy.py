@@ -100,6 +100,15 @@ def test_a_far_outlier_is_cut_off_and_a_full_range_is_kept(
     assert entropy_amax(histogram(uniform, PerTensor()), spec) > 0.95
 
 
+@pytest.mark.parametrize("at_once", [1, 2**21])
+def test_ranges_that_lose_nothing_leave_the_largest(
+    at_once: int, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimators, "_AT_ONCE", at_once)
+    x = torch.tensor([0.25, 0.25, 1.0, 1.0])  # cut to 0.25, one value is left: no divergence either
+    assert entropy_amax(histogram(x, PerTensor(), bins=16), make_spec("int2")) == 1
+
+
 def test_zeros_say_nothing_about_the_range(make_data: MakeData, make_spec: MakeSpec) -> None:
     x = make_data("laplace", 5000)
     padded = torch.cat([x, torch.zeros(100_000)])

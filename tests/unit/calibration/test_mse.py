@@ -72,6 +72,26 @@ def test_the_error_is_within_five_percent_of_the_least(
         assert error_of(own, value, name) <= 1.05 * least_error(own, name)
 
 
+@pytest.mark.parametrize("name", ["int2", "int3", "int4"])
+@pytest.mark.parametrize("bins", [128, 2048])
+@pytest.mark.parametrize("data", ["normal", "laplace"])
+def test_few_values_and_coarse_bins_come_close(
+    name: str, bins: int, data: str, make_data: MakeData, make_spec: MakeSpec
+) -> None:
+    x = make_data(data, 10000)
+    known = histogram_of(x, PerTensor(), amax=amax(x, PerTensor()), bins=bins)
+    found = float(mse_amax(known, make_spec(name)))
+    own = x.double().numpy()
+    assert error_of(own, found, name) <= 1.01 * least_error(own, name)
+
+
+def test_the_center_stands_for_its_bin(make_spec: MakeSpec) -> None:
+    x = torch.tensor([0.2, 1.9, 2.3, 3.7]).repeat(100)  # bins 1 to 4 of 8, as wide as 1
+    x[0] = 7.0
+    known = histogram_of(x, PerTensor(), amax=amax(x, PerTensor()), bins=8)
+    assert mse_amax(known, make_spec("int4")) == 3.5  # steps of 0.5: no center but one is rounded
+
+
 def test_zeros_have_the_range_zero(make_spec: MakeSpec) -> None:
     x = torch.zeros(10, 2)
     x[:, 1] = torch.randn(10)

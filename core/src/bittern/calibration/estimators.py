@@ -95,7 +95,9 @@ def entropy_amax(histogram: Histogram, spec: QuantizerSpec) -> Tensor:
     step = max(1, _AT_ONCE // bins.counts.numel())
     for offsets in torch.split(index[:_CANDIDATES], step):
         ends = torch.minimum(torch.maximum(last - offsets * stride, first), last)
-        least, position = _divergence(bins, ends, spec).min(1, keepdim=True)
+        found = _divergence(bins, ends, spec)
+        position = found.argmin(1, keepdim=True)  # the first, so the largest range, on a tie
+        least = found.gather(1, position)
         better = least < best
         chosen = torch.where(better, ends.gather(1, position), chosen)
         best = torch.where(better, least, best)
@@ -106,10 +108,10 @@ def mse_amax(histogram: Histogram, spec: QuantizerSpec, *, error: Error = square
     """Return the range with the least mean rounding error, that of clipping included.
 
     The error is ``sum_i counts[i] * error(Q(c_i), c_i)`` over the centers ``c_i`` of the bins, with
-    the format's own `fake_quantize` as ``Q`` (Sakr et al., Optimal Clipping and Magnitude-aware
-    Differentiation, ICML 2022, section 3). Signed data is taken for symmetric: half of the centers'
-    weight is on ``-c_i``, since integers reach one code further down than up. Candidates go down
-    from the maximum in steps of 2.2 % to 1/128 of it.
+    the format's own `fake_quantize` as ``Q``: the objective of Sakr et al., Optimal Clipping and
+    Magnitude-aware Differentiation for Improved Quantization-aware Training, ICML 2022. Signed data
+    is taken for symmetric: half of the weight is on ``-c_i``, since integers reach one code further
+    down than up. Candidates go down from the maximum in steps of 2.2 % to 1/128 of it.
 
     Args:
         histogram: The magnitudes.
@@ -130,7 +132,7 @@ def mse_amax(histogram: Histogram, spec: QuantizerSpec, *, error: Error = square
         scales = scales_from_amax(some.reshape(-1, 1), spec)
         costs = cost(error, fake_quantize(x, _by_row(spec), scales), x)
         totals = costs.reshape(*some.shape, -1) * counts[begin : begin + step, None]
-        index = totals.sum(2).argmin(1, keepdim=True)  # the first, so the largest, on a tie
+        index = totals.sum(2).argmin(1, keepdim=True)  # the first, too
         best[begin : begin + step] = some.gather(1, index)
     return (best * histogram.width).reshape(histogram.amax.shape)
 
