@@ -156,6 +156,22 @@ def test_generation_step_by_step_is_one_pass_over_the_same_tokens(name: str) -> 
     assert (whole - original).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "llama", "mixtral"])
+@torch.no_grad()
+def test_attention_is_told_from_quantized_layers_inside_it(name: str) -> None:
+    model, inputs = tiny(name, "eager")
+    plan = bittern.quantize(model, {"extends": "int8", **CACHE}, [inputs]).plan
+    caches = [e.module for e in plan.entries if e.slot == "k"]
+    assert len(caches) == model.config.num_hidden_layers
+    assert any(e.module.startswith(f"{caches[0]}.") and e.slot == "weight" for e in plan.entries)
+    ranges = {name: q.amax for name, q in named_quantizers(model)}
+    alone, _ = tiny(name, "eager")
+    alone.load_state_dict(model.state_dict())
+    bittern.quantize(alone, CACHE, [inputs])  # calibration sees what it saw beside int8 layers
+    for path, quantizer in named_quantizers(alone):
+        torch.testing.assert_close(ranges[path], quantizer.amax, rtol=1e-5, atol=1e-6)
+
+
 @torch.no_grad()
 def test_attention_that_cannot_be_followed_is_an_error_with_its_name() -> None:
     model, inputs = tiny("deberta_v2", "eager")

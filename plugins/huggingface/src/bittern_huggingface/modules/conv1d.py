@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from bittern.nn import QuantModule
+from bittern.nn.intercept import sealed
 
 __all__ = ["QuantConv1D"]
 
@@ -20,5 +21,7 @@ class QuantConv1D(QuantModule, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the quantized operands, shape ``(..., out)``."""
         rows = self.quantize("input", x).reshape(-1, x.shape[-1])
-        found = torch.addmm(self.bias, rows, self.quantize("weight", self.weight))
+        weight = self.quantize("weight", self.weight)
+        with sealed():  # or attention around it would take a quantized weight for keys
+            found = torch.addmm(self.bias, rows, weight)
         return self.quantize("output", found.view(*x.shape[:-1], self.nf))
