@@ -178,7 +178,7 @@ def split_packed(model: nn.Module, item: PackedModule) -> Iterator[PackedModule]
     scale_of = dict(apart(model, item.path, scales))
     for full, code in apart(model, item.path, codes):
         path = full.removesuffix(".weight")
-        scale = scale_of[full]
+        scale = scale_of[full].reshape(len(code), -1)  # transformers < 5.23 squeezes all sizes of 1
         if isinstance(one.granularity, PerTensor):
             scale = scale[0, 0]
         matrix = Quantized(code.contiguous(), Scales(scale.clone()), one, torch.float32)
