@@ -69,6 +69,9 @@ class FloatGrid:
     def round_(self, values: Tensor) -> Tensor:
         """Clamp and round to the grid, ties to even, in place (float32); NaN stays NaN."""
         values.clamp_(-self.max_value, self.max_value)
+        if self.dtype is not None and torch.compiler.is_compiling():
+            # Compilers turn the cast into vector code, and the view below into a loop.
+            return values.copy_(values.to(self.dtype)).add_(0.0)
         bits = values.detach().view(torch.int32)
         power = (bits & EXPONENT).view(torch.float32).clamp_min_(2.0**self.lowest_exponent)
         carry = power.mul_(1.5 * 2.0 ** (MANTISSA - self.mantissa))  # exact
