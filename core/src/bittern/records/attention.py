@@ -6,9 +6,8 @@ from bittern.records.modules import Slot
 
 __all__ = ["ATTENTION_SLOTS"]
 
-# The operands of the two products and the output, as `bittern.nn.attention.QuantAttention` and
-# `bittern.nn.multihead.QuantMultiheadAttention` have them. No role: a recipe that says "input" is
-# about linear layers.
+#: The operands of the two products, ``q k v p``, and the output, as
+#: `bittern.nn.attention.QuantAttention` has them. A recipe speaks of them by name.
 ATTENTION_SLOTS: tuple[Slot, ...] = (
     Slot("q", channel_axis=-1),
     Slot("k", channel_axis=-1),
