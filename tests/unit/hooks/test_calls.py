@@ -62,12 +62,13 @@ def test_the_order_of_calls_does_not_depend_on_the_order_of_loading(
         )
     manager = PluginManager(PluginOptions(), builtin=builtin, records=records)
 
-    manager.notify("after_convert", model=None, plan=None)
+    manager.notify("after_convert", model=nn.Identity(), plan=None)
     assert calls == ["a", "b", "c"]
-    manager.notify_each("after_convert", model=None, plan=None)
+    manager.notify_each("after_convert", model=nn.Identity(), plan=None)
     assert calls == ["a", "b", "c"] * 2
     names = [item.name for item, _, _ in manager.collect("register_formats")]
-    assert names == ["int8", "int4", "fp8", "of-a", "of-b", "of-c"]
+    assert names[-3:] == ["of-a", "of-b", "of-c"]
+    assert set(names[:-3]) == {item.name for item in builtin.register_formats()}
 
 
 def test_collect_says_who_registered_what(
@@ -109,7 +110,7 @@ def test_a_hook_may_be_a_generator(make_plugin: MakePlugin, toolkit_with: Toolki
 
 def test_none_registers_nothing(make_plugin: MakePlugin, toolkit_with: ToolkitWith) -> None:
     toolkit = toolkit_with(make_plugin("alpha", register_formats=lambda: None))
-    assert sorted(toolkit.registry.formats) == ["fp8", "int4", "int8"]
+    assert sorted(toolkit.registry.formats) == sorted(Toolkit(block=["*"]).registry.formats)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_notify_each_goes_on_after_a_failure_and_says_whose_it_was(
         make_plugin("late", after_convert=lambda model: calls.append("late")),
         make_plugin("alpha", after_convert=broken),
     ).plugins
-    ((label, error),) = plugins.notify_each("after_convert", model=None, plan=None)
+    ((label, error),) = plugins.notify_each("after_convert", model=nn.Identity(), plan=None)
 
     assert calls == ["broken", "late"]
     assert label == "bittern-alpha 1.0"

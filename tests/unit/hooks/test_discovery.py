@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import bittern
 from bittern.errors import PluginError
@@ -269,8 +270,8 @@ def test_an_unknown_argument_fails_the_plugin_as_a_whole(
     assert record.reason == "the hook after_convert has no argument 'weather', it has model, plan"
     assert "PluginValidationError" in record.traceback
     list(plugins.collect("register_formats"))  # none of its hooks is called
-    plugins.notify("after_convert", model=None, plan=None)
-    assert plugins.implementations("after_convert") == ()
+    plugins.notify("after_convert", model=nn.Identity(), plan=None)
+    assert plugins.implementations("after_convert") == ("bittern",)
 
 
 # --- allow, block, strict, required ---------------------------------------------------------------

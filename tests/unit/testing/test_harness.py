@@ -15,6 +15,7 @@ from bittern.hooks import hookimpl
 from bittern.hooks.discovery import PluginOptions, PluginRecord, Status, discover
 from bittern.records import NumberFormat
 from bittern.testing import HookRecorder, PluginHarness, hooks_module
+from bittern.toolkit import Toolkit
 
 
 def number_format(name: str) -> NumberFormat:
@@ -49,7 +50,8 @@ def test_only_what_was_given_is_there() -> None:
     with PluginHarness(module) as harness:
         assert [record.label for record in harness.manager.records] == ["bittern-teal 1.0"]
         assert harness.record("teal").status is Status.LOADED
-        assert list(harness.toolkit.registry.formats) == ["fp8", "int4", "int8", "teal8"]
+        core = Toolkit(block=["*"]).registry.formats
+        assert list(harness.toolkit.registry.formats) == sorted([*core, "teal8"])
         assert harness.toolkit.registry.formats.plugin("teal8") == "bittern-teal 1.0"
     with PluginHarness(builtin=False) as harness:
         assert harness.manager.records == ()
@@ -141,8 +143,8 @@ def test_calls_are_recorded_with_arguments_results_and_plugin() -> None:
         with pytest.raises(AssertionError, match="was called: after_convert"):
             calls.assert_not_called("after_convert")
         calls.assert_not_called("after_export")
-        calls.assert_not_called("after_convert", plugin="bittern")
-        assert calls.pop("after_convert") is call
+        calls.assert_not_called("after_convert", plugin="somebody")
+        assert call in (calls.pop("after_convert"), calls.pop("after_convert"))  # core's, and this
         calls.assert_not_called("after_convert")
         calls.clear()
         assert calls.calls() == []
@@ -171,17 +173,18 @@ def test_wrappers_and_errors_are_recorded() -> None:
     module = hooks_module("teal", after_convert=after_convert)
     with PluginHarness(module) as harness, HookRecorder(harness.manager) as calls:
         with pytest.raises(PluginError, match="no luck"):
-            harness.manager.notify("after_convert", model=None, plan=None)
-        assert isinstance(calls.assert_called("after_convert").error, PluginError)
+            harness.manager.notify("after_convert", model=nn.Identity(), plan=None)
+        (call,) = [c for c in calls.calls("after_convert") if c.plugin != "bittern"]
+        assert isinstance(call.error, PluginError)
 
 
 def test_recording_ends_with_the_block() -> None:
     with PluginHarness(hooks_module("teal", after_convert=_nothing)) as harness:
         with HookRecorder(harness.manager) as calls:
-            harness.manager.notify("after_convert", model=1, plan=2)
-        harness.manager.notify("after_convert", model=1, plan=2)
+            harness.manager.notify("after_convert", model=nn.Identity(), plan=2)
+        harness.manager.notify("after_convert", model=nn.Identity(), plan=2)
 
-        assert len(calls.calls()) == 1
+        assert [call.plugin for call in calls.calls()] == ["bittern-teal 1.0", "bittern"]
 
 
 def test_a_weight_access_hook_may_ask_for_both_arguments() -> None:
