@@ -351,7 +351,7 @@ MISTAKES = [
         "    run_max(model, plan, forward, context)\n"
         "    from bittern.nn.observer import MaxObserver\n"
         "    for _, q in named_quantizers(model):\n"
-        "        q.observer = MaxObserver(q.spec.granularity, context.shared)\n",
+        "        q.observer = MaxObserver(q.extremes, context.shared)\n",
         {"test_no_observer_is_left_behind"},
     ),
     Mistake(
