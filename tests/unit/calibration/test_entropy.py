@@ -71,7 +71,8 @@ def searched(known: Histogram, row: int, name: str) -> tuple[list[float], list[f
     last = max((i + 1 for i, count in enumerate(counts) if count), default=0)
     if last == 0:
         return [0.0], [0.0]
-    first = min(last, 2 ** ({"int8": 8, "int4": 4, "fp8": 8}[name] - 1))
+    filled = [i + 1 for i, count in enumerate(counts) if count]
+    first = filled[min(len(filled), 2 ** ({"int8": 8, "int4": 4, "fp8": 8}[name] - 1)) - 1]
     ends = range(last, first - 1, -1)
     return [end * width for end in ends], [divergence(counts, e, name, width) for e in ends]
 
@@ -123,6 +124,15 @@ def test_the_range_is_never_cut_into_fewer_bins_than_the_format_has_values(
     x[0] = 1000.0  # the others lie in a few bins: what rounding does to them cannot be seen
     known = histogram(x, PerTensor())
     assert entropy_amax(known, make_spec("int8")) >= 128 * known.width
+
+
+@pytest.mark.parametrize("name", ["int2", "int3", "int4"])
+def test_few_data_do_not_make_a_range_of_next_to_nothing(
+    name: str, make_data: MakeData, make_spec: MakeSpec
+) -> None:
+    x = make_data("laplace", 240)  # in 8192 bins: the first ones hold one number or none
+    found = entropy_amax(histogram(x, PerTensor(), bins=8192), make_spec(name))
+    assert found > x.abs().median()
 
 
 @pytest.mark.parametrize("bins", [2048, 4096])

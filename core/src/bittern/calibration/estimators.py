@@ -88,7 +88,8 @@ def entropy_amax(histogram: Histogram, spec: QuantizerSpec) -> Tensor:
     )
     index = torch.arange(len(used), device=used.device)
     last = torch.where(bins.counts > 0, index, 0).amax(1, keepdim=True)
-    first = (used < 2 ** (spec.format.bits - 1) - 1).sum()
+    filled = (bins.counts > 0).cumsum(1)  # few data leave gaps, in which a range tells nothing
+    first = (filled < 2 ** (spec.format.bits - 1)).sum(1, keepdim=True)
     stride = (last - first).clamp_min(0) // _CANDIDATES + 1
     best = torch.full(last.shape, torch.inf, dtype=torch.float64, device=used.device)
     chosen = last
