@@ -57,6 +57,16 @@ def test_bits_per_element_count_one_scale_per_entry_of_amax(
     assert spec.bits_per_element((2, 5, 7)) == pytest.approx(4 + 32 * scales / 70)
 
 
+@pytest.mark.parametrize("granularity", [PerGroup(10**12), PerBlock(10**12, 10**12)], ids=str)
+def test_a_group_beyond_the_tensor_needs_no_memory_for_padding(granularity: Granularity) -> None:
+    x = torch.randn(2, 5, 7)
+    blocks = as_blocks(x, granularity)
+
+    assert blocks.numel() == x.numel()
+    assert torch.equal(from_blocks(blocks, granularity, x.shape), x)
+    assert as_blocks(torch.zeros(2, 0, 0), granularity).numel() == 0
+
+
 def test_an_empty_tensor_has_the_bits_of_its_codes(
     make_spec: Callable[..., QuantizerSpec],
 ) -> None:

@@ -32,11 +32,13 @@ def as_blocks(x: Tensor, granularity: Granularity) -> Tensor:
         case PerGroup(size=size, axis=axis):
             x = x.movedim(axis, -1)
             n = x.shape[-1]
+            size = min(size, max(n, 1))  # one group: nothing to pad
             if n % size:
                 x = torch.nn.functional.pad(x, (0, size - n % size))
             return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
         case PerBlock(rows=rows, cols=cols):
             m, n = x.shape[-2], x.shape[-1]
+            rows, cols = min(rows, max(m, 1)), min(cols, max(n, 1))
             if m % rows or n % cols:
                 x = torch.nn.functional.pad(x, (0, -n % cols, 0, -m % rows))
             *lead, m, n = x.shape
