@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -301,6 +302,36 @@ def test_a_weight_that_is_trained_is_quantized_on_every_pass(formats: Any, x: Te
     assert len(CALLS) == 2
 
 
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_a_copy_made_in_evaluation_serves_training(formats: Any, x: Tensor, guard: Any) -> None:
+    weight = nn.Parameter(x.clone(), requires_grad=False)
+    quantizer = TensorQuantizer(QuantizerSpec(formats("int8"), PerChannel(0)), tensor="weight")
+    with guard():
+        quantizer.calibrate_on(weight)
+        expected = quantizer(weight).clone()
+    adapter = nn.Parameter(torch.ones(64))
+    (adapter * quantizer(weight)).sum().backward()
+    assert adapter.grad is not None
+    assert torch.equal(adapter.grad, expected.sum(0))
+
+
+def test_a_copy_follows_the_rest_of_its_chain(formats: Any, x: Tensor) -> None:
+    weight = nn.Parameter(x.clone(), requires_grad=False)
+    second = QuantizerSpec(formats("fp8"), PerTensor())
+    spec = QuantizerSpec(formats("int4"), PerGroup(32), then=second)
+    quantizer = TensorQuantizer(spec, tensor="weight")
+    quantizer.calibrate_on(weight)
+    assert quantizer.then is not None
+    first = fake_quantize(weight, dataclasses.replace(spec, then=None), quantizer.scales)
+    assert not torch.equal(quantizer(weight), first)
+
+    quantizer.then.enabled = False
+    assert torch.equal(quantizer(weight), first)
+    quantizer.then.enabled = True
+    quantizer.then.set_amax(torch.tensor(0.01))
+    assert quantizer(weight).abs().max() <= 0.0101
+
+
 def test_the_cache_is_neither_copied_nor_saved(formats: Any, x: Tensor) -> None:
     weight = nn.Parameter(x.clone(), requires_grad=False)
     spec = QuantizerSpec(formats("int8"), PerChannel(0))
@@ -332,6 +363,20 @@ def test_a_learned_range_has_the_gradient_of_lsq(formats: Any) -> None:
     assert float(learned.grad) == pytest.approx((inside + 7 - 8) / 7, abs=1e-5)
     assert x.grad is not None
     assert x.grad.tolist() == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_learned_range_of_a_frozen_weight_is_followed(formats: Any, x: Tensor) -> None:
+    weight = nn.Parameter(x.clone(), requires_grad=False)
+    spec = QuantizerSpec(formats("int4"), PerTensor())
+    quantizer = TensorQuantizer(spec, tensor="weight")
+    quantizer.calibrate_on(weight)
+    learned = quantizer.learn()
+    for _ in range(2):  # two steps of training
+        quantizer(weight).sum().backward()
+        with torch.no_grad():
+            learned.mul_(0.5)
+            expected = fake_quantize(weight, spec, scales_for(Range(learned), spec))
+            assert torch.equal(quantizer(weight), expected)
 
 
 def test_training_a_range_lowers_the_error(formats: Any) -> None:

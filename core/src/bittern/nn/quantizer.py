@@ -109,6 +109,7 @@ class TensorQuantizer(nn.Module):
         self._scales: Scales | None = None
         self._ready = spec.dynamic
         self._cache: WeightCache | None = None
+        self._changes = 0
         self._simple = self.transforms is None and chained is None
         static = tensor is None and not spec.dynamic
         self.block_dynamic = self.codec.two_level and static
@@ -260,6 +261,7 @@ class TensorQuantizer(nn.Module):
     def clear_cache(self) -> None:
         """Forget the quantized copy of a frozen weight."""
         self._cache = None
+        self._changes += 1
 
     # --- state ---
 
@@ -329,12 +331,14 @@ class TensorQuantizer(nn.Module):
         if not (self.enabled and self._ready):
             return x if self._simple else self._passed(x, experts)
         if self.tensor is not None and not torch.compiler.is_compiling():
+            state = self._chain_state()
             cache = self._cache
-            if cache is not None and cache.holds(x) and not x.requires_grad:
+            if cache is not None and cache.holds(x, state) and not x.requires_grad:
                 return cache.value
-            if WeightCache.takes(x):
-                value = self._all(x, experts)
-                self._cache = WeightCache(x, value)
+            if WeightCache.takes(x) and not self._learns():
+                with torch.inference_mode(False), torch.no_grad():  # it may serve training later
+                    value = self._all(x, experts)
+                self._cache = WeightCache(x, value, state)
                 return value
         return self._all(x, experts)
 
@@ -421,6 +425,15 @@ class TensorQuantizer(nn.Module):
         return fake_quantize(x, spec, scales, global_scale=whole)
 
     # --- helpers ---
+
+    def _chain_state(self) -> tuple[object, ...]:
+        """Return what tells a change of the quantizers that follow; our own clears the cache."""
+        if self.then is None:
+            return ()
+        return (self.then.enabled, self.then._changes, *self.then._chain_state())
+
+    def _learns(self) -> bool:
+        return any("amax" in link._parameters for link in self.chain())
 
     def _transforms(self) -> Transforms:
         if self.transforms is None:

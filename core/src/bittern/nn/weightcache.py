@@ -18,17 +18,19 @@ class WeightCache:
     it. A copy or a pickle of the cache is ``None``: it is made again where it is needed.
     """
 
-    __slots__ = ("_pointer", "_source", "_version", "value")
+    __slots__ = ("_pointer", "_source", "_state", "_version", "value")
 
-    def __init__(self, source: Tensor, value: Tensor) -> None:
+    def __init__(self, source: Tensor, value: Tensor, state: object = None) -> None:
         self._source = weakref.ref(source)
         self._version = source._version
         self._pointer = source.data_ptr()
+        self._state = state
         self.value = value
 
-    def holds(self, x: Tensor) -> bool:
-        """Whether ``x`` is the parameter, unchanged."""
-        return self._source() is x and self._version == x._version and self._pointer == x.data_ptr()
+    def holds(self, x: Tensor, state: object = None) -> bool:
+        """Whether ``x`` is the parameter, unchanged, and so is what else the value depends on."""
+        same = self._source() is x and self._version == x._version
+        return same and self._pointer == x.data_ptr() and self._state == state
 
     @staticmethod
     def takes(x: Tensor) -> bool:
