@@ -129,6 +129,16 @@ def test_gradients_are_those_of_the_layer_with_quantized_weights(
         assert torch.equal(ours.grad, theirs.grad)
 
 
+def test_learned_ranges_of_frozen_weights_get_their_gradients(kind: str, toolkit: Toolkit) -> None:
+    torch.manual_seed(0)
+    model = KINDS[kind]().requires_grad_(False)
+    toolkit.quantize(model, WEIGHTS)
+    learned = [quantizer.learn() for _, quantizer in named_quantizers(model)]
+    model(torch.randn(5, 2, SIZE))[0].square().sum().backward()
+    assert len(learned) >= 2
+    assert all(value.grad is not None and value.grad.any() for value in learned)
+
+
 def test_the_weights_are_the_parameters_again_after_a_call_that_fails(toolkit: Toolkit) -> None:
     model: Any = nn.GRU(SIZE, HIDDEN)
     toolkit.quantize(model, WEIGHTS)

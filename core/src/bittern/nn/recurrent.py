@@ -293,9 +293,9 @@ def _flagged(quantized: Tensor, weight: Tensor) -> Tensor:
     Without gradients a quantized weight does not require any, and the result would differ in the
     last bit from that of a parameter with the same values.
     """
-    if quantized is weight or quantized.requires_grad == weight.requires_grad:
-        return quantized
-    return quantized.detach().requires_grad_(weight.requires_grad)
+    if quantized is weight or quantized.requires_grad or not weight.requires_grad:
+        return quantized  # a frozen weight with a learned range has a gradient to pass on
+    return quantized.detach().requires_grad_()
 
 
 def _joined(new: Tensor, old: Tensor) -> Tensor:
