@@ -166,6 +166,18 @@ def test_nested_tensors_are_refused_by_name(toolkit: Toolkit) -> None:
         model["a"](x, x, x)
 
 
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_masks_of_integers_are_refused_as_torch_refuses_them(name: str, toolkit: Toolkit) -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(E, H)})
+    x = torch.randn(L, N, E)
+    masks = {"attn_mask": torch.ones(L, L), "key_padding_mask": torch.ones(N, L)}
+    with pytest.raises(AssertionError, match="bool and floating"):
+        model["a"](x, x, x, **{name: masks[name].byte()})
+    toolkit.quantize(model, recipe("a", "in_proj"))
+    with pytest.raises(NumericsError, match=r"^a: a mask of torch\.uint8"):
+        model["a"](x, x, x, **{name: masks[name].byte()})
+
+
 # --- quantized ------------------------------------------------------------------------------------
 
 

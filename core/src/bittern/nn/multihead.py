@@ -65,7 +65,7 @@ class QuantMultiheadAttention(QuantModule, nn.MultiheadAttention):
         probabilities are those before their quantization.
 
         Raises:
-            NumericsError: The inputs are nested tensors.
+            NumericsError: The inputs are nested tensors, or a mask holds integers.
             RuntimeError: ``is_causal`` without the mask that it is a hint about.
         """
         if not self._quantizing():
@@ -85,6 +85,13 @@ class QuantMultiheadAttention(QuantModule, nn.MultiheadAttention):
                 where=path_of(self),
                 hint="pad them, and pass key_padding_mask",
             )
+        for mask in (attn_mask, key_padding_mask):
+            if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+                raise NumericsError(
+                    f"a mask of {mask.dtype} says neither what is forbidden nor what is added",
+                    where=path_of(self),
+                    hint="pass mask.bool(), true where attention is forbidden, or a floating mask",
+                )
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask, which is missing")
         batched = query.dim() == 3
