@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -298,6 +298,28 @@ def test_a_subclass_keeps_its_class_and_methods(toolkit: Toolkit) -> None:
     assert type(inner).__name__ == "QuantNamed"
     assert inner.describe() == "4 wide"
     assert original_class(inner) is Named
+
+
+class Listed(nn.Linear):
+    """A class that keeps a list of its subclasses, under a name that each must give."""
+
+    known: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, label: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.known[label] = cls
+
+
+class First(Listed, label="first"):
+    """One of them."""
+
+
+def test_a_list_that_a_class_keeps_of_its_subclasses_stays_as_it_was(toolkit: Toolkit) -> None:
+    model = nn.Sequential(First(4, 4))
+    toolkit.quantize(model, "int8-weight-only")
+
+    assert isinstance(model[0], QuantModule)
+    assert Listed.known == {"first": First}
 
 
 def test_instances_of_one_class_share_one_quantized_class(toolkit: Toolkit) -> None:

@@ -39,6 +39,9 @@ class QuantModule(nn.Module):
 
     original_class: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the original's own hook out: its registries are to find no converted class."""
+
     def quantize(self, slot: str, x: Tensor, experts: Experts | None = None) -> Tensor:
         """Return ``x`` through the quantizer of ``slot``, unchanged where there is none.
 
