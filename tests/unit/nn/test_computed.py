@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import bittern
 from bittern.errors import ModelError
@@ -101,6 +101,24 @@ def test_the_computed_weight_is_exported_in_place_of_its_sources(
     assert sorted(tensors) == ["0.bias", "0.weight", "0.weight_scale", "2.weight", "2.weight_scale"]
     decoded = tensors["0.weight"] * tensors["0.weight_scale"]
     assert torch.equal(decoded, int8(model[0].weight, 0))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize(
+    "apply",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda m: prune.random_unstructured(m, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "pruned"],
+)
+def test_a_weight_that_a_hook_computes_is_reported(apply: Any, toolkit: Toolkit) -> None:
+    # between two forwards it is what an earlier state gave, and no measure of the next
+    model = nn.Sequential(apply(nn.Linear(8, 8)), nn.Linear(8, 8))
+    plan = toolkit.plan(model, WEIGHTS)
+    assert plan.modules == ("1",)
+    assert "a hook makes it anew before every forward" in plan.skipped["0"]
 
 
 class Halved(nn.Module):

@@ -141,11 +141,19 @@ def build_plan(
                 "quantized class would not be run"
             )
             continue
+        slots = slots_of(match, module)
+        made = next((slot.tensor for slot in slots if slot.tensor in vars(module)), None)
+        if made is not None:
+            skipped[path] = (
+                f"its {made} is no parameter: a hook makes it anew before every forward, as those "
+                "of torch.nn.utils.weight_norm and prune do (remove the hook, or use "
+                "torch.nn.utils.parametrizations)"
+            )
+            continue
         found = list(_entries(path, module, match, wanted, registry, warnings=warnings))
         if found:
             entries.extend(found)
             classes[path] = match.rule.quantized
-            slots = slots_of(match, module)
             held = {slot.tensor for slot in slots}
             stacked = any(slot.stacked for slot in slots)
             warnings += [
