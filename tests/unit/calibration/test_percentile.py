@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bittern.calibration.estimators import percentile_amax
 from bittern.calibration.histogram import Histogram, histogram_of
-from bittern.errors import CalibrationError
+from bittern.errors import BitternError, CalibrationError
 from bittern.nn import named_quantizers
 from bittern.numerics import amax
 from bittern.records import Granularity, PerChannel, PerTensor
@@ -180,3 +180,14 @@ def test_what_has_no_histogram_is_calibrated_by_max(
         hidden = torch.cat([torch.relu(model.norm(model.up(x))) for x in batches])
     assert ranges(model)["down.input"] < hidden.max() / 2
     assert not result.report.calibration.uncalibrated
+
+
+@pytest.mark.parametrize("algorithm", ["max", "percentile", "entropy", "mse"])
+def test_negative_numbers_for_a_format_without_are_an_error_that_names_the_quantizer(
+    algorithm: str, make_mlp: Callable[..., nn.Module], toolkit: Toolkit
+) -> None:
+    rules = [{"match": "up", "input": {"format": "uint8", "granularity": "tensor"}}]
+    whole = {"rules": rules, "algorithm": algorithm}
+    toolkit.quantize(make_mlp(), whole, [torch.rand(50, 8)])
+    with pytest.raises(BitternError, match=r"up\.input: uint8 holds no negative numbers"):
+        toolkit.quantize(make_mlp(), whole, [torch.rand(50, 8), torch.randn(50, 8)])

@@ -149,6 +149,7 @@ class HistogramObserver:
         granularity: Which elements share a scale: `PerTensor` or `PerChannel`.
         shared: Shared with the other quantizers of the model.
         bins: As for `histogram_of`.
+        signed: Whether there may be negative numbers; otherwise `negative` tells of them.
         name: The quantizer's name, for errors.
 
     Raises:
@@ -161,6 +162,7 @@ class HistogramObserver:
         shared: SharedInputs,
         *,
         bins: int = BINS,
+        signed: bool = True,
         name: str = "",
     ) -> None:
         if not isinstance(granularity, PerTensor | PerChannel):
@@ -174,7 +176,8 @@ class HistogramObserver:
         self._shared = shared
         self._bins = bins
         self._extremes = Extremes(granularity)
-        self._max = MaxObserver(self._extremes, shared, name=name)
+        self._signed = signed
+        self._max = MaxObserver(Extremes(granularity, both=not signed), shared, name=name)
         self._histogram: Histogram | None = None
 
     @torch.no_grad()
@@ -203,6 +206,11 @@ class HistogramObserver:
     def result(self) -> Histogram | None:
         """Return the histogram of all tensors, ``None`` if there was none."""
         return self._histogram
+
+    def negative(self) -> bool:
+        """Return whether there were negative numbers where there must be none."""
+        found = self._max.result()
+        return not self._signed and found is not None and bool((found[1] > 0).any())
 
     def first_bad_batch(self) -> int | None:
         """Return the index of the first batch with NaN or Inf."""

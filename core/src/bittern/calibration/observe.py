@@ -113,13 +113,30 @@ def observe_histograms(
         Name to the histogram over all batches and ranks, ``None`` where no data came by.
 
     Raises:
-        CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
+        CalibrationError: NaN or Inf in an activation; names the quantizer and the batch. Or
+            negative numbers for a format without.
     """
     observers = {
-        name: (q, HistogramObserver(q.spec.granularity, context.shared, bins=bins, name=q.name))
+        name: (
+            q,
+            HistogramObserver(
+                q.spec.granularity,
+                context.shared,
+                bins=bins,
+                signed=q.codec.signed,
+                name=q.name,
+            ),
+        )
         for name, q in watched.items()
     }
     problem = observe(model, observers, forward)
+    for quantizer, observer in observers.values():
+        if problem is None and observer.negative():  # magnitudes would hide them
+            problem = CalibrationError(
+                f"{quantizer.spec.format.name} holds no negative numbers, and the data does",
+                where=quantizer.name,
+                hint="use a signed format, or an asymmetric one",
+            )
     found = {name: observer.result() for name, (_, observer) in observers.items()}
     own = {name: None if h is None else h.amax for name, h in found.items()}
     common: dict[str, Histogram] = {}
