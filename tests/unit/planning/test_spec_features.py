@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import bittern as bt
-from bittern.errors import RecipeError
+from bittern.errors import BitternError, RecipeError
 from bittern.nn import named_quantizers
-from bittern.records import Affine, PerChannel, PerGroup, Rotation
+from bittern.records import Affine, KernelRule, PerChannel, PerGroup, Rotation
+from bittern.toolkit import Toolkit
 
 
 def model() -> nn.Module:
@@ -74,7 +76,13 @@ def test_it_is_quantized_saved_and_restored_to_the_same_bits(name: str, tmp_path
     assert str(result.plan.entries[0].spec)
 
 
-def test_every_word_of_a_spec_arrives() -> None:
+def test_every_word_of_a_spec_arrives(
+    make_plugin: Callable[..., Any], toolkit_with: Callable[..., Toolkit]
+) -> None:
+    kernel = KernelRule(
+        op="fake_quantize", impl="nowhere:kernel", device="*", formats=("*",), backend="mine"
+    )
+    toolkit = toolkit_with(make_plugin("fast", register_kernels=lambda: [kernel]))
     spec = {
         "format": "int4",
         "options": {"narrow": True},
@@ -86,7 +94,7 @@ def test_every_word_of_a_spec_arrives() -> None:
         "backend": "mine",
         "then": "fp8",
     }
-    entry = bt.plan(model(), recipe(weight=spec)).entries[0]
+    entry = toolkit.plan(model(), recipe(weight=spec)).entries[0]
     assert entry.spec.granularity == PerGroup(16, axis=0)
     assert entry.spec.format.params["narrow"] is True
     assert entry.spec.rotation == Rotation(block=16, back=True)
@@ -223,3 +231,95 @@ def test_a_static_bias_is_that_of_all_batches(algorithm: str) -> None:
         assert quantizer.amax is not None
         if algorithm == "max":
             assert float(quantizer.amax) == pytest.approx(float((every - bias).abs().max()), 1e-5)
+
+
+# --- what cannot work is said by the plan ---------------------------------------------------------
+
+
+BAD = {
+    "unknown backend": ({"format": "int8", "backend": "mien"}, "no backend 'mien'"),
+    "unknown backend in a chain": (
+        ["int4", {"format": "fp8", "backend": "mien"}],
+        "no backend 'mien'",
+    ),
+    "no such blocks to rotate": (
+        {"format": "int8", "rotate": {"block": 128, "back": True}},
+        "64 columns do not divide into blocks of 128",
+    ),
+    "no power of two": (
+        {"format": "int8", "rotate": {"block": 3}},
+        "a Hadamard rotation needs a power of two, not 3",
+    ),
+    "a bias along axes that are not there": (
+        {"format": "int8", "affine": {"axes": [2]}},
+        "a tensor with 2 dimensions has no axes",
+    ),
+    "channels along no axis": (
+        {"format": "int8", "granularity": "channel", "axis": []},
+        "axis is an empty list",
+    ),
+    "a text for yes or no": (
+        {"format": "int8", "options": {"narrow": "no"}},
+        "narrow is 'no'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_no_weight_can_be_is_an_error_of_the_plan(case: str) -> None:
+    said, problem = BAD[case]
+    with pytest.raises(RecipeError, match=problem):
+        bt.plan(model(), recipe(weight=said))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"format": "int8", "granularity": "channel", "axis": 5},
+        {"format": "int8", "affine": {"axes": [5]}},
+        {"format": "int8", "rotate": {"block": 128, "back": True}},
+    ],
+)
+def test_what_an_input_turns_out_not_to_be_is_an_error_that_names_it(said: Any) -> None:
+    with pytest.raises(BitternError, match=r"^0\.input: "):
+        bt.quantize(model(), recipe(input=said), batches())
+
+
+def test_a_table_may_be_a_list(tmp_path: Path) -> None:
+    quantized = model()
+    options = {"table": [-1.0, -0.25, 0.0, 0.5]}
+    bt.quantize(quantized, recipe(weight={"format": "nf4", "options": options}))
+    bt.save(quantized, tmp_path / "saved")
+    fresh = model()
+    bt.restore(fresh, tmp_path / "saved")
+    assert torch.equal(fresh(batches()[0]), quantized(batches()[0]))
+
+
+ROTATED = {"format": "int8", "rotate": "hadamard"}
+
+
+@pytest.mark.parametrize(
+    ("slots", "expected"),
+    [
+        ({"weight": ROTATED}, "not rotated alike"),
+        ({"weight": "int8", "input": ROTATED}, "not rotated alike"),
+        ({"weight": ROTATED, "input": {"format": "int8", "rotate": {"block": 2}}}, "not rotated"),
+        ({"weight": ROTATED, "input": ROTATED}, None),
+        ({"weight": {"format": "int8", "rotate": {"back": True}}, "input": "int8"}, None),
+    ],
+)
+def test_rotations_that_do_not_cancel_are_a_warning(
+    slots: dict[str, Any], expected: str | None
+) -> None:
+    warnings = bt.plan(model(), recipe(**slots)).warnings
+    if expected is None:
+        assert not warnings
+    else:
+        assert len(warnings) == 2  # one for each layer
+        assert all(expected in text for text in warnings)
+
+
+def test_a_rotation_of_an_odd_number_of_columns_is_a_warning() -> None:
+    odd = nn.Sequential(nn.Linear(63, 4), nn.Linear(64, 4))
+    (warning,) = bt.plan(odd, recipe(weight=ROTATED, input=ROTATED)).warnings
+    assert "0.weight has 63 columns" in warning

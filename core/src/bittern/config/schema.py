@@ -35,6 +35,12 @@ class RotationModel(_Strict):
     block: int | None = Field(default=None, gt=0)
     back: bool = False
 
+    @model_validator(mode="after")
+    def _power_of_two(self) -> RotationModel:
+        if self.kind == "hadamard" and self.block is not None and self.block.bit_count() != 1:
+            raise ValueError(f"a Hadamard rotation needs a power of two, not {self.block}")
+        return self
+
 
 class AffineModel(_Strict):
     """A bias that is subtracted before quantization and added after it.
@@ -108,6 +114,8 @@ class SpecModel(_Strict):
             raise ValueError("axis belongs to granularity: channel or group")
         if isinstance(self.axis, list) and self.granularity == "group":
             raise ValueError("groups lie along one axis")
+        if self.axis == []:
+            raise ValueError("axis is an empty list; granularity: tensor has one scale for all")
         if self.granularity == "block" and self.rows is None:
             raise ValueError("granularity: block needs rows and cols")
         if self.amax is not None and self.dynamic:

@@ -231,9 +231,12 @@ class TensorQuantizer(nn.Module):
     def observe(self, x: Tensor, experts: Experts | None = None) -> None:
         """Show a tensor to the observer, as it will be rounded."""
         assert self.observer is not None
-        if self.transforms is not None:
-            x, _ = self.transforms.prepare(x.detach().float())
-        self.observer.observe(x, experts if self.per_expert else None)
+        try:
+            if self.transforms is not None:
+                x, _ = self.transforms.prepare(x.detach().float())
+            self.observer.observe(x, experts if self.per_expert else None)
+        except NumericsError as error:
+            raise self._named(error) from None
 
     def learn(self) -> nn.Parameter:
         """Turn the range into a parameter that training learns, and return it.

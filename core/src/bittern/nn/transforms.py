@@ -12,7 +12,7 @@ from bittern.errors import NumericsError
 from bittern.numerics.rotation import rotate
 from bittern.records import Affine, Rotation
 
-__all__ = ["Transforms", "bias_of"]
+__all__ = ["Transforms", "bias_of", "check_axes"]
 
 BUFFERS = ("pre_scale", "matrix", "bias")
 
@@ -163,10 +163,7 @@ def bias_of(x: Tensor, affine: Affine) -> Tensor:
     Raises:
         NumericsError: The tensor has too few dimensions.
     """
-    if any(axis >= x.dim() or axis < -x.dim() for axis in affine.axes):
-        raise NumericsError(
-            f"a tensor with {x.dim()} dimensions has no axes {affine.axes} to vary a bias along"
-        )
+    check_axes(x.dim(), affine)
     keep = {axis % x.dim() for axis in affine.axes}
     dims = tuple(dim for dim in range(x.dim()) if dim not in keep)
     if not dims:
@@ -174,3 +171,16 @@ def bias_of(x: Tensor, affine: Affine) -> Tensor:
     if affine.method == "mean":
         return x.mean(dim=dims, keepdim=True)
     return x.amax(dim=dims, keepdim=True) / 2 + x.amin(dim=dims, keepdim=True) / 2
+
+
+def check_axes(rank: int, affine: Affine) -> None:
+    """Raise unless a tensor with ``rank`` dimensions has the axes of a bias.
+
+    Raises:
+        NumericsError: It has not.
+    """
+    if any(axis >= rank or axis < -rank for axis in affine.axes):
+        raise NumericsError(
+            f"a tensor with {rank} dimensions has no axes {affine.axes} to vary a bias along",
+            hint="give axes that it has: -1 is the last one",
+        )

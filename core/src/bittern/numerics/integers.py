@@ -33,6 +33,11 @@ class IntCodec(Codec):
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise NumericsError(f"integers have 2 to 8 bits, not {self.bits}")
+        for name in ("narrow", "unsigned", "asymmetric"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise NumericsError(  # the text "no" would count as true
+                    f"{name} is {value!r}", hint="write true or false, without quotes"
+                )
         if self.unsigned and (self.narrow or self.asymmetric):
             raise NumericsError(
                 "unsigned integers are neither narrow nor asymmetric",

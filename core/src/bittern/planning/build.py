@@ -15,8 +15,8 @@ from bittern.errors import ModelError, NumericsError, PlanError, RecipeError
 from bittern.nn import TensorQuantizer, original_class
 from bittern.nn.computed import sources_of, weight_of
 from bittern.nn.transforms import Transforms
-from bittern.numerics import scale_shape
 from bittern.numerics.layout import check_dtype
+from bittern.planning.fit import check_backend, check_shape, rotation_warnings
 from bittern.planning.match import Matcher
 from bittern.planning.specs import resolve_spec
 from bittern.records import ModelAdapter, ModuleRule, Plan, PlanEntry, Slot
@@ -154,6 +154,7 @@ def build_plan(
         if found:
             entries.extend(found)
             classes[path] = match.rule.quantized
+            warnings += rotation_warnings(path, found, slots)
             held = {slot.tensor for slot in slots}
             stacked = any(slot.stacked for slot in slots)
             warnings += [
@@ -282,10 +283,11 @@ def _entries(
             continue
         tensor = weight_of(module, slot.tensor or name) if slot.kind == "weight" else None
         whole = resolve_spec(spec, slot, registry.formats, where=label)
+        check_backend(whole, registry.kernels, where=label)
         if isinstance(tensor, Tensor):
             try:
                 check_dtype(tensor)
-                scale_shape(tensor.shape, whole.granularity)
+                check_shape(tensor.shape, whole)
             except NumericsError as error:
                 raise RecipeError(
                     f"{_at(path, name)}: {error.what}", where=label, hint=error.hint

@@ -111,6 +111,8 @@ def with_options(number_format: NumberFormat, options: Mapping[str, object]) -> 
     """
     if not options:
         return number_format
+    # a list of YAML is a tuple, as codecs take it: those of equal parameters are one
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     changed = dataclasses.replace(
         number_format,
         params={**number_format.params, **options},
