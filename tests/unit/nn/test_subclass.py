@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.unit.nn.reference import TENSOR, WEIGHT, int8
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from bittern.errors import PlanError
 from bittern.nn import quantizers_off, restore_class
@@ -313,6 +314,24 @@ class OwnConvolution(nn.Conv2d):
         return F.conv2d(input, weight.abs(), bias)
 
 
+class Checkpointed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Recomputed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.product, x, use_reentrant=False)
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Deferred(Recomputed):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda y: self.product(y * 1), x, use_reentrant=False)
+
+
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
@@ -322,6 +341,9 @@ class OwnConvolution(nn.Conv2d):
         (Left, "no product with an activation: return (self.weight @ x.T).T"),
         (AsInput, "no product with an activation: return F.linear(self.weight, x).T"),
         (Reflecting, "uses getattr"),
+        (Checkpointed, "hands on forward, which may run at another time"),
+        (Recomputed, "hands on product, which may run at another time"),
+        (Deferred, "hands on product, which may run at another time"),
         (Inside, "reads _parameters"),
         (Handed, "hands on the whole object"),
         (Hidden, "no product with an activation: return self.weight.sum()"),

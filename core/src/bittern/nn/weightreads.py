@@ -240,17 +240,26 @@ class _FunctionReader:
             if not isinstance(node.ctx, ast.Load):
                 self._refuse(node, f"assigns {name}")
             self._owner.read_method(name, self._owner.cls.__mro__)
+            if not isinstance(found, property | staticmethod):
+                self._check_called(node)
 
     def _super(self, node: ast.Name) -> None:
         call = self._parents[node]
         attribute = self._parents.get(call)
         if not isinstance(call, ast.Call) or not isinstance(attribute, ast.Attribute):
             self._refuse(node, "uses super() for more than a method")
+        self._check_called(attribute)
         start: Any = self._resolve(call.args[0]) if call.args else self._cls
         mro = self._owner.cls.__mro__
         if start not in mro:
             self._refuse(node, "calls super of a class that is not its own")
         self._owner.read_method(attribute.attr, mro[mro.index(start) + 1 :])
+
+    def _check_called(self, method: ast.Attribute) -> None:
+        """Refuse a method that is handed on, as to activation checkpointing, not called here."""
+        call = self._parents[method]
+        if not (isinstance(call, ast.Call) and call.func is method) or self._nested(method):
+            self._refuse(method, f"hands on {method.attr}, which may run at another time")
 
     def _weight(self, node: ast.Attribute) -> None:
         """Take one read of the weight, or refuse."""
