@@ -109,6 +109,22 @@ def test_a_wrong_class_of_a_plugin_is_found_before_any_module_changes(
         plan_of(model)
 
 
+def test_what_a_module_has_where_a_quantizer_belongs_is_not_replaced(
+    make_mlp: Make, toolkit: Toolkit, batches: list[Tensor]
+) -> None:
+    model = make_mlp()
+    own = model.down.input_quantizer = nn.Identity()
+    with pytest.raises(PlanError, match="down: it has something of its own under the name input_q"):
+        toolkit.quantize(model, "int8", batches)
+    assert model.down.input_quantizer is own
+    assert type(model.up) is nn.Linear
+
+    del model.down.input_quantizer
+    for _ in range(2):  # the quantizers of an earlier plan are in nobody's way
+        toolkit.quantize(model, "int8", batches)
+    assert isinstance(model.down, QuantModule)
+
+
 def test_a_refused_plan_leaves_an_earlier_conversion_alone(
     make_mlp: Make, make_lm: Make, toolkit: Toolkit, batches: list[Tensor]
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from bittern.nn import (
     restore_class,
 )
 from bittern.nn.computed import check_unchanged
-from bittern.nn.module import attach, swap_class
+from bittern.nn.module import SUFFIX, attach, swap_class
 from bittern.records import Plan
 from bittern.registry import ANY, Registry, resolve, target_of
 
@@ -38,14 +38,15 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
 
     Raises:
         PluginError: A rule's quantized class does not resolve, or takes other arguments.
-        PlanError: The plan is for another model, or a quantized class is no QuantModule.
+        PlanError: The plan is for another model, a quantized class is no QuantModule, or a module
+            has something of its own where a quantizer belongs.
     """
     modules = dict(model.named_modules())
     by_module = plan.by_module()
     plugins = {entry.module: entry.plugin for entry in plan.entries}
     targets = {entry.module: entry.rule for entry in plan.entries}
     classes: dict[str, type[QuantModule]] = {}
-    for path in by_module:
+    for path, slots in by_module.items():
         if path not in modules:
             raise PlanError(
                 f"the plan names {path!r}, which this model does not have",
@@ -67,6 +68,7 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
                 hint="derive it from bittern.nn.QuantModule",
             )
         check_forward(found, own, plugin=plugins[path], where=path)
+        _check_free(modules[path], slots, where=path)
         classes[path] = found
     revert(model)
     kernels = registry.kernels
@@ -82,6 +84,19 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
         }
         swap_class(modules[path], classes[path], quantizers)
     setattr(model, _PLAN, plan)
+
+
+def _check_free(module: nn.Module, slots: Iterable[str], *, where: str) -> None:
+    """Refuse to put a quantizer in the place of an attribute that is the module's own."""
+    ours = module.slots() if isinstance(module, QuantModule) else {}
+    for slot in slots:
+        name = slot + SUFFIX
+        if slot not in ours and hasattr(module, name):
+            raise PlanError(
+                f"it has something of its own under the name {name}, where a quantizer belongs",
+                where=where or None,
+                hint="rename it, or leave the module out of the recipe",
+            )
 
 
 def remember(model: nn.Module) -> Callable[[], None]:
