@@ -425,6 +425,24 @@ def test_gradients_reach_weights_biases_and_inputs(
         assert bool((tensor.grad != 0).any())
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_gradients_of_single_samples_are_those_of_one_pass_each(toolkit: Toolkit) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    toolkit.quantize(model, "int8", [x * 0.5])
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        found: Tensor = torch.func.functional_call(model, parameters, (row[None],))
+        return found.square().sum()
+
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    each: Any = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for index, row in enumerate(x):
+        model.zero_grad()
+        model(row[None]).square().sum().backward()
+        torch.testing.assert_close(each["0.weight"][index], model[0].weight.grad)
+
+
 def test_functional_calls_differentiate_the_given_weights(
     make_mlp: Make, toolkit: Toolkit, batches: list[Tensor]
 ) -> None:

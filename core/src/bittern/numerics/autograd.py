@@ -18,6 +18,8 @@ __all__ = ["learned_range", "straight_through"]
 
 
 class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True  # per-sample gradients, jacobians
+
     @staticmethod
     def forward(
         x: Tensor,
