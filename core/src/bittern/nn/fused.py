@@ -64,7 +64,11 @@ class _CallingEncoderLayer(QuantModule):
 
 
 class _CallingEncoder(QuantModule):
-    """An encoder that packs no nested tensors while a quantizer is active."""
+    """An encoder that packs no nested tensors while a quantizer is active.
+
+    What it returns for padding is then what its layers compute there, as in training; the fused
+    kernel of the original gives zeros.
+    """
 
     @property
     def use_nested_tensor(self) -> bool:
