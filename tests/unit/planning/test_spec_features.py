@@ -323,3 +323,10 @@ def test_a_rotation_of_an_odd_number_of_columns_is_a_warning() -> None:
     odd = nn.Sequential(nn.Linear(63, 4), nn.Linear(64, 4))
     (warning,) = bt.plan(odd, recipe(weight=ROTATED, input=ROTATED)).warnings
     assert "0.weight has 63 columns" in warning
+
+
+def test_a_rotation_along_other_axes_than_the_input_features_is_a_warning() -> None:
+    conv = nn.Sequential(nn.Conv2d(4, 4, 2))
+    rule = {"match": {"class": "Conv2d"}, "weight": ROTATED, "input": ROTATED}
+    (warning,) = bt.plan(conv, {"rules": [rule]}).warnings
+    assert "0.weight is rotated along its last axis, which is not that" in warning

@@ -60,10 +60,19 @@ def rotation_warnings(
     rotated = {e.slot: e.spec.rotation for e in entries if e.spec.rotation is not None}
     for entry in entries:
         rotation, shape = rotated.get(entry.slot), entry.shape
-        if rotation is not None and shape is not None and block_size(shape[-1], rotation) == 1:
+        if rotation is None or shape is None:
+            continue
+        if block_size(shape[-1], rotation) == 1:
             yield (
                 f"{entry.path} has {shape[-1]} columns, and no power of two divides them: the "
                 "rotation leaves it as it is"
+            )
+        slot = entry.slot_rule
+        matrix = len(shape) == (3 if slot.stacked else 2)
+        if not rotation.back and not (matrix and slot.group_axis in (-1, len(shape) - 1)):
+            yield (
+                f"{entry.path} is rotated along its last axis, which is not that of its input "
+                "features, so the layer computes something else; write rotate: {back: true}"
             )
     seen: set[Rotation | None] = set()
     for slot in slots:
