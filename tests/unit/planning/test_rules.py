@@ -444,8 +444,9 @@ def test_an_unknown_format_names_the_nearest(make_mlp: Make, plan_of: Callable[.
 
 
 def test_a_kv_cache_needs_an_attention(make_mlp: Make, plan_of: Callable[..., Plan]) -> None:
-    with pytest.raises(RecipeError, match="matches no module"):
+    with pytest.raises(RecipeError, match="no attention of this model is known") as caught:
         plan_of(make_mlp(), ALL, kv_cache="fp8")
+    assert "leave it out" in (caught.value.hint or "")
 
 
 def test_a_model_that_is_quantized_already_is_refused(

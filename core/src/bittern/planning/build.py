@@ -18,6 +18,7 @@ from bittern.nn.transforms import Transforms
 from bittern.numerics.layout import check_dtype
 from bittern.planning.fit import check_backend, check_shape, rotation_warnings
 from bittern.planning.match import Matcher
+from bittern.planning.only_read import only_read
 from bittern.planning.specs import resolve_spec
 from bittern.records import ModelAdapter, ModuleRule, Plan, PlanEntry, Slot
 from bittern.registry import ClassTable, Match, NoMatch, Registry, nearest, resolve
@@ -25,8 +26,10 @@ from bittern.registry import ClassTable, Match, NoMatch, Registry, nearest, reso
 __all__ = ["build_plan", "slots_of"]
 
 
+UNNAMED = "no recipe rule names it"
 # What has a KV cache: torch's attention, and what a plugin's rule says is like one.
 ATTENTION = {"class": ["MultiheadAttention", "Attention"]}
+CACHE = "kv_cache"
 
 
 @dataclass
@@ -93,7 +96,7 @@ def build_plan(
     skips = [_Rule(Matcher(match), {}, f"skip {i}: {match}") for i, match in enumerate(recipe.skip)]
     if recipe.kv_cache is not None:  # first, so that a rule about k or v wins
         cache = {"k": recipe.kv_cache, "v": recipe.kv_cache}
-        rules.insert(0, _Rule(Matcher(MatchModel.model_validate(ATTENTION)), cache, "kv_cache"))
+        rules.insert(0, _Rule(Matcher(MatchModel.model_validate(ATTENTION)), cache, CACHE))
     entries: list[PlanEntry] = []
     skipped: dict[str, str] = {}
     classes: dict[str, str] = {}
@@ -125,7 +128,7 @@ def build_plan(
             elif bearing:
                 lost = not usable and _matrices(module)
                 why = f", and {_no_rule(match, module, cls)}" if lost else ""
-                skipped[path] = f"no recipe rule names it{why}"
+                skipped[path] = f"{UNNAMED}{why}"
             continue
         if skip is not None:
             if bearing:
@@ -140,6 +143,10 @@ def build_plan(
                 "its forward was replaced on the object itself (as hooks of accelerate do), so a "
                 "quantized class would not be run"
             )
+            continue
+        above, _, own = path.rpartition(".")
+        if path and only_read(model.get_submodule(above), own):
+            skipped[path] = f"{above or 'the model'} reads its weight and never calls it"
             continue
         slots = slots_of(match, module)
         made = next((slot.tensor for slot in slots if slot.tensor in vars(module)), None)
@@ -173,7 +180,7 @@ def build_plan(
     if not entries:
         raise PlanError(
             f"the recipe {recipe.name!r} quantizes nothing in this model",
-            hint="; ".join(f"{path}: {why}" for path, why in list(skipped.items())[:3]) or None,
+            hint="; ".join(f"{path}: {skipped[path]}" for path in _telling(skipped)[:3]) or None,
         )
     algorithm = tuple((step.name, step.options) for step in recipe.algorithm)
     for name, _ in algorithm:
@@ -190,6 +197,11 @@ def build_plan(
         bytes_after=after,
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _telling(skipped: Mapping[str, str]) -> list[str]:
+    """Return the paths of skipped modules, those that a recipe named first."""
+    return sorted(skipped, key=lambda path: skipped[path].startswith(UNNAMED))
 
 
 def slots_of(match: Match[ModuleRule], module: nn.Module) -> tuple[Slot, ...]:
@@ -319,6 +331,8 @@ def _check_patterns(
                 problem = f"the pattern {pattern!r} matches no module"
                 close = ", ".join(nearest(pattern.removeprefix("re:"), paths, count=3))
                 hint = f"the closest names are {close}"
+        if rule.label == CACHE and not rule.seen:
+            problem, hint = "no attention of this model is known to cache keys", "leave it out"
         if not problem and not rule.seen and not rule.matcher.by_role_only and not skip:
             problem = f"the pattern {str(rule.matcher)!r} matches no module"
             kinds = sorted({original_class(m).__name__ for _, m in _own_modules(model)})
