@@ -237,6 +237,21 @@ def test_every_slot_quantizes_what_it_says(wide: bool, toolkit: Toolkit) -> None
 
 
 @torch.no_grad()
+def test_the_second_of_a_chain_works_without_the_first(toolkit: Toolkit) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(E, H, batch_first=True)}).eval()
+    chain = [TENSOR, {"format": "int2", "granularity": "tensor"}]
+    toolkit.quantize(model, {"rules": [{"match": "a", "slots": {"in_proj": chain}}]})
+    weight = model["a"].quantizer("in_proj")
+    weight.enabled = False
+    x = torch.randn(N, L, E)
+    found = model["a"](x, x, x)[0]
+    exact = model["a"].in_proj_weight.data.clone()
+    model["a"].in_proj_weight.data.copy_(weight.then(exact))
+    with quantizers_off(model):
+        torch.testing.assert_close(found, model["a"](x, x, x)[0])
+
+
 def test_the_output_projection_is_a_layer_of_its_own(toolkit: Toolkit) -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.MultiheadAttention(E, H, batch_first=True)}).eval()

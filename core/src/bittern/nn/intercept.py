@@ -209,12 +209,14 @@ def _pushed(intercept: Intercept | None) -> Iterator[None]:
 
 
 def is_active(quantizer: TensorQuantizer | None) -> bool:
-    """Whether a quantizer looks at its tensor, to change it or to learn its range."""
-    if quantizer is None:
-        return False
-    if quantizer.observer is not None or quantizer.transforms is not None:
-        return True
-    return quantizer.enabled and quantizer.calibrated
+    """Whether a quantizer, or one down its chain, changes its tensor or learns its range."""
+    while quantizer is not None:
+        if quantizer.observer is not None or quantizer.transforms is not None:
+            return True
+        if quantizer.enabled and quantizer.calibrated:
+            return True
+        quantizer = quantizer.then
+    return False
 
 
 def active_slots(module: QuantModule, slots: tuple[str, ...]) -> list[str]:

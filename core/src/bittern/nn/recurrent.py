@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
+from bittern.nn.intercept import is_active
 from bittern.nn.module import QuantModule
-from bittern.nn.quantizer import TensorQuantizer
 from bittern.records import Slot
 
 __all__ = ["QuantRecurrent", "recurrent_slots"]
@@ -121,7 +121,7 @@ class QuantRecurrent(QuantModule):
     def _steps(self) -> bool:
         """Return whether a quantizer needs to see what torch's kernel keeps to itself."""
         return any(
-            _active(quantizer)
+            is_active(quantizer)
             for slot, quantizer in self.slots().items()
             if quantizer.tensor is None and slot != "output"
         )
@@ -275,16 +275,6 @@ def _relu(x: Tensor, h: Tensor, states: State) -> State:
 
 
 CELLS: dict[str, Cell] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
-
-
-def _active(quantizer: TensorQuantizer) -> bool:
-    """Whether a quantizer looks at its tensor, or changes it."""
-    return any(
-        link.observer is not None
-        or link.transforms is not None
-        or (link.enabled and link.calibrated)
-        for link in quantizer.chain()
-    )
 
 
 def _flagged(quantized: Tensor, weight: Tensor) -> Tensor:
