@@ -192,6 +192,28 @@ def test_static_ranges_are_those_of_the_operands(kit: Toolkit) -> None:
         torch.testing.assert_close(model["a"].quantizer(slot).amax, x.abs().max())
 
 
+def turned(x: Tensor) -> Tensor:
+    """Turn pairs of features by their position, as rotary embeddings do."""
+    angles = torch.arange(x.shape[-2], dtype=torch.float)[:, None] @ torch.ones(1, D // 2)
+    angles = torch.cat([angles, angles], -1)
+    left, right = x.chunk(2, -1)
+    return x * angles.cos() + torch.cat([-right, left], -1) * angles.sin()
+
+
+class Rotary(Operators):
+    """Computes its rotary embedding itself."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().forward(turned(q), turned(k), v)
+
+
+@torch.no_grad()
+def test_the_product_of_positions_and_frequencies_is_none_of_scores(kit: Toolkit) -> None:
+    q, k, v = qkv()
+    found = quantized(kit, Rotary(), *"qkvp")(q, k, v)
+    torch.testing.assert_close(found, by_hand(turned(q), turned(k), v, "qkvp"))
+
+
 class Twice(Attention):
     """Two attentions in one forward, as of a text and of an image."""
 

@@ -66,7 +66,8 @@ class QuantAttention(QuantModule):
       functions, masks, slices, ``cat`` and changes of shape that leave the last axis in place, must
       reach a softmax over that axis. The result of that, through the same and dropout, is ``p``
       where it is an operand of a product, and the other operand is ``v``. Products with a
-      parameter, and of a batch with one matrix, are linear layers and are left alone.
+      parameter, and of a batch with one matrix, are linear layers and are left alone, and so are
+      outer products, which rotary embeddings are computed by.
 
     A forward that ends without having shown what a slot waits for is an error, and so is a product
     taken for one of scores that led to no softmax: nothing is skipped in silence.
@@ -236,6 +237,8 @@ def _both_activations(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or min(a.dim(), b.dim()) < 2:
         return False
     if a.dim() != b.dim() and min(a.dim(), b.dim()) == 2:
+        return False
+    if a.shape[-1] == 1:  # an outer product: positions and frequencies of a rotary embedding
         return False
     return not any(isinstance(x, nn.Parameter) for x in (a, b, a._base, b._base))
 
