@@ -415,6 +415,24 @@ def test_a_plan_that_a_client_cannot_load_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["int4", {"format": "fp8", "granularity": "tensor"}],
+        {"format": "int8", "rotate": {"back": True}},
+        {"format": "int8", "affine": {"axes": [0]}},
+    ],
+    ids=["chained", "rotated", "biased"],
+)
+def test_a_plan_that_no_file_can_hold_is_refused_before_any_work(
+    said: Any, make_mlp: Make, toolkit: Toolkit
+) -> None:
+    model = make_mlp()
+    plan = toolkit.plan(model, {"rules": [{"match": "up", "weight": said}]})
+    with pytest.raises(ExportError, match=r"^up\.weight is chained, rotated"):
+        toolkit.check_export(model, plan, "safetensors")
+
+
 # --- hooks after export ---------------------------------------------------------------------------
 
 

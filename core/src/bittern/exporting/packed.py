@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from bittern.nn.computed import sources_of, weight_of
 from bittern.numerics import Quantized, quantize
 from bittern.records import Plan
 
-__all__ = ["PackedModule", "check_calibrated", "packed_modules", "plain_tensors"]
+__all__ = ["PackedModule", "check_calibrated", "check_plan", "packed_modules", "plain_tensors"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,29 @@ def check_calibrated(model: nn.Module) -> None:
             f"{_few(off)} switched off: the files would hold what the model does not compute",
             hint="enable them, or switch their slots off in the recipe",
         )
-    more = [n for n, q in named_quantizers(model) if q.transforms is not None or q.then is not None]
-    if more:
+    _refuse(n for n, q in named_quantizers(model) if q.transforms is not None or q.then is not None)
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise if a plan asks for more than rounding: that shows before any calibration.
+
+    Raises:
+        ExportError: With the first names and what to do.
+    """
+    _refuse(
+        entry.path
+        for entry in plan.entries
+        if (spec := entry.spec).rotation is not None
+        or spec.affine is not None
+        or spec.then is not None
+    )
+
+
+def _refuse(names: Iterable[str]) -> None:
+    found = list(names)
+    if found:
         raise ExportError(
-            f"{_few(more)} chained, rotated, scaled before or biased, which no file format holds",
+            f"{_few(found)} chained, rotated, scaled before or biased, which no file format holds",
             hint="bittern.save keeps all of it; to export, use a recipe without",
         )
 

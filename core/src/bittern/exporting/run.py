@@ -13,7 +13,7 @@ from bittern._version import __version__
 from bittern.errors import ExportError
 from bittern.exporting.context import ExportContext, Written
 from bittern.exporting.directory import staged_directory
-from bittern.exporting.packed import check_calibrated
+from bittern.exporting.packed import check_calibrated, check_plan
 from bittern.exporting.probe import make_probe
 from bittern.exporting.record import ExportRecord, entry_dict
 from bittern.records import Exporter, ExportReport
@@ -56,11 +56,12 @@ def _accepts(exporter: Exporter, model: nn.Module, registry: Registry) -> bool:
 def check_export(
     exporter: Exporter, model: nn.Module, context: ExportContext, registry: Registry
 ) -> None:
-    """Refuse what the client cannot load, before anything is computed.
+    """Refuse what no file or the client cannot hold, before anything is computed.
 
     Raises:
         ExportError: With the nearest thing that works.
     """
+    check_plan(context.plan)
     if exporter.check is not None:
         plugin = registry.exporters.plugin(exporter.name)
         bound(exporter.check, plugin=plugin)(model, context)
