@@ -12,10 +12,12 @@ import pytest
 from bittern import errors, records
 from bittern.errors import BitternError, PluginConflictError, PluginError
 from bittern.records import (
+    Affine,
     ExportReport,
     NumberFormat,
     PerChannel,
     PerTensor,
+    PerToken,
     Plan,
     PlanEntry,
     QuantizerSpec,
@@ -97,6 +99,27 @@ def test_only_static_activations_need_data(kind: str, *, dynamic: bool, needs: b
     plan = Plan(recipe="r", skipped={}, entries=(entry(kind=kind, spec=spec),))
 
     assert plan.needs_data is needs
+
+
+def test_scales_and_biases_are_counted_once_along_each_axis() -> None:
+    def bits(axes: tuple[int, ...], affine: Affine | None = None) -> float:
+        return QuantizerSpec(INT8, PerChannel(axes), affine=affine).bits_per_element((4, 16))
+
+    assert bits((0,)) == bits((0, 0)) == bits((0, -2)) == 8 + 4 * 32 / 64
+    assert bits((0,), Affine(axes=(-1,))) == bits((0,)) + 16 * 32 / 64
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"bits": 0}, "bits is 0"),
+        ({"weight_granularity": "channel"}, "weight_granularity must be as PerChannel"),
+        ({"input_granularity": PerToken}, "input_granularity must be as PerChannel"),
+    ],
+)
+def test_a_format_says_what_is_wrong_with_it(wrong: dict[str, Any], problem: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=problem):
+        NumberFormat(**{"name": "x", "bits": 8, "codec": "a:b", **wrong})
 
 
 def test_an_empty_plan_has_no_bits() -> None:

@@ -58,6 +58,12 @@ class NumberFormat:
 
     def __post_init__(self) -> None:
         check_import_strings(self, "codec")
+        if not isinstance(self.bits, int) or self.bits < 1:
+            raise ValueError(f"NumberFormat.bits is {self.bits!r}; write how many bits a code has")
+        for name in ("weight_granularity", "input_granularity"):
+            value = getattr(self, name)
+            if not isinstance(value, Granularity):
+                raise TypeError(f"NumberFormat.{name} must be as PerChannel(0), not {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +153,7 @@ class QuantizerSpec:
         return ranged or biased or (self.then is not None and self.then.needs_data)
 
     def bits_per_element(self, shape: tuple[int, ...]) -> float:
-        """Return stored bits per element of a tensor of ``shape``, its scales included.
+        """Return stored bits per element of a tensor of ``shape``, scales and bias included.
 
         A second quantization (``then``) stores one further scale per tensor and no codes.
         """
@@ -156,7 +162,7 @@ class QuantizerSpec:
             return float(self.format.bits)
         match self.granularity:
             case PerChannel(axes=axes):
-                scales = math.prod(shape[axis] for axis in axes)
+                scales = _along(shape, axes)
             case PerToken():
                 scales = numel // shape[-1]
             case PerGroup(size=size, axis=axis):
@@ -169,5 +175,11 @@ class QuantizerSpec:
         tensors = shape[0] if self.stacked else 1
         extra = (self.format.scale_bits + self.format.zero_point_bits) * scales
         extra += self.format.tensor_bits * tensors
+        extra += 0 if self.affine is None else 32 * _along(shape, self.affine.axes)
         extra += 0 if self.then is None else self.then.format.scale_bits * tensors
         return self.format.bits + extra / numel
+
+
+def _along(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    """Return how many elements the axes have, each counted once."""
+    return math.prod(shape[axis] for axis in {axis % len(shape) for axis in axes})
