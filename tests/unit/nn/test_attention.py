@@ -75,6 +75,14 @@ class Sink(Attention):
         return torch.softmax(combined, -1)[..., :-1] @ v
 
 
+class Clipped(Attention):
+    """Scores from below, by the elementwise form of a function that also reduces."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.max(q @ k.mT / math.sqrt(D), torch.tensor(-1e9))
+        return torch.softmax(torch.min(scores, torch.tensor(1e9)), -1) @ v
+
+
 class Turned(Attention):
     """Values first: the transposed product."""
 
@@ -96,7 +104,7 @@ class Layered(Attention):
         return p @ v @ self.outer.T, p
 
 
-FORMS = [Sdpa, Operators, Functions, Batched, Sink, Turned, Layered]
+FORMS = [Sdpa, Operators, Functions, Batched, Sink, Clipped, Turned, Layered]
 
 
 @hookimpl

@@ -36,7 +36,7 @@ _SDPA = F.scaled_dot_product_attention
 _ELEMENTWISE = (
     "add sub rsub mul div true_divide neg clamp clamp_min clamp_max maximum minimum tanh where "
     "masked_fill masked_scatter nan_to_num add_ sub_ mul_ div_ clamp_ tanh_ masked_fill_ dropout "
-    "dropout_ to type float half bfloat16 double type_as clone contiguous detach"
+    "dropout_ max min to type float half bfloat16 double type_as clone contiguous detach"
 )
 _SHAPES = (
     "view reshape view_as reshape_as expand expand_as unsqueeze squeeze flatten unflatten "
@@ -49,7 +49,10 @@ _GETTERS = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[att
 _TURNING = frozenset({*variants(*_TURNS.split()), *_GETTERS})
 _KEEPING = frozenset({*variants(*_ELEMENTWISE.split(), *_SHAPES.split()), *_TURNING})
 
+_EXTREMES = frozenset(variants("max", "min"))
+
 _INPUT = Place(0, ("input", "self"))
+_RIGHT = Place(1, ("other",))
 _DIM = Place(1, ("dim",))
 _SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -207,6 +210,8 @@ class _Flow(Intercept):
 
     def _keep(self, call: Call) -> Any:
         result = call.run()
+        if call.func in _EXTREMES and not isinstance(call.get(_RIGHT), Tensor):
+            return result  # of one tensor, it is no longer all scores
         for marks in (self._scores, self._shares):
             if len(marks) == 0:
                 continue
