@@ -78,6 +78,33 @@ def test_routers_are_found_by_what_they_are() -> None:
     assert routers == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
 
 
+@pytest.mark.parametrize(
+    ("name", "router"),
+    [
+        ("SwitchTransformers", "encoder.block.1.layer.1.mlp.router.classifier"),
+        ("JetMoe", "layers.0.mlp.router.layer"),
+        ("HunYuanMoEV1", "layers.0.mlp.gate.wg"),
+    ],
+)
+def test_the_layers_inside_of_a_router_are_routers(name: str, router: str) -> None:
+    config = getattr(tf, f"{name}Config")(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=32,
+        num_hidden_layers=2,
+        num_experts=4,
+        num_sparse_encoder_layers=1,
+    )
+    with torch.device("meta"):
+        model = getattr(tf, f"{name}Model")(config)
+    adapter = make_adapter(model)
+    assert adapter is not None
+    assert isinstance(model.get_submodule(router), nn.Linear)
+    assert adapter.roles[router] == "router"
+
+
 def test_a_plain_linear_beside_experts_is_a_router_too() -> None:
     class Moe(nn.Module):
         def __init__(self) -> None:

@@ -117,11 +117,20 @@ def _roles(model: transformers.PreTrainedModel) -> Mapping[str, str]:
             roles[path] = "head"
         elif module is embeddings or isinstance(module, nn.Embedding):
             roles[path] = "embedding"
-        elif "Router" in cls.__name__ or _gates_experts(model, path, module):
+        elif (
+            _is_router(cls)
+            or roles.get(path.rpartition(".")[0]) == "router"  # the layers inside of one
+            or _gates_experts(model, path, module)
+        ):
             roles[path] = "router"
         elif cls.__name__.endswith(("Norm", "LayerNorm")):
             roles[path] = "norm"
     return roles
+
+
+def _is_router(cls: type) -> bool:
+    name = cls.__name__  # gates are many things, those of a mixture of experts choose among them
+    return "Router" in name or ("moe" in name.lower() and name.endswith(("Gate", "Gating")))
 
 
 def _gates_experts(model: nn.Module, path: str, module: nn.Module) -> bool:
