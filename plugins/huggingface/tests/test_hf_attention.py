@@ -32,10 +32,21 @@ MODELS = [
     ("whisper", "eager"),
     ("bert", "sdpa"),
     ("vit", "sdpa"),
+    ("codegen", "eager"),  # its softmax is a module
 ]
 
 
+def codegen() -> tuple[Any, dict[str, Any]]:
+    config = transformers.CodeGenConfig(
+        vocab_size=32, n_embd=32, n_layer=1, n_head=4, n_positions=16, rotary_dim=4
+    )
+    inputs = {"input_ids": torch.arange(12).view(1, -1), "use_cache": False}
+    return transformers.CodeGenForCausalLM(config).eval(), inputs
+
+
 def tiny(name: str, implementation: str = "sdpa") -> tuple[Any, dict[str, Any]]:
+    if name == "codegen":
+        return codegen()
     made = ENTRIES[name].make()
     model: Any = made.model.float().eval()
     model.set_attn_implementation(implementation)

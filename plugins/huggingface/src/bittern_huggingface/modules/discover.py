@@ -25,6 +25,7 @@ __all__ = ["attends", "decorated", "discovered_rules"]
 PACKAGE = "bittern_huggingface.modules"
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 ATTENTION = frozenset({"scaled_dot_product_attention", "softmax"})
+PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
 
 
 def discovered_rules(model: nn.Module) -> list[ModuleRule]:
@@ -64,7 +65,8 @@ def attends(cls: Any) -> bool:
     """Whether a class of transformers, or for it, computes attention itself.
 
     It calls the attention that the config selects, or it is called an attention and one of its
-    methods has a softmax or calls `scaled_dot_product_attention`.
+    methods has a softmax or calls `scaled_dot_product_attention`. `nn.Softmax`, which gates use
+    too, counts beside a product.
 
     Args:
         cls: The class of a module.
@@ -76,7 +78,8 @@ def attends(cls: Any) -> bool:
         return True
     ours = cls.__module__.partition(".")[0] in {"transformers", "transformers_modules"}
     called = "Attention" in cls.__name__ or "Attn" in cls.__name__
-    return ours and called and not names.isdisjoint(ATTENTION)
+    module = "Softmax" in names and not names.isdisjoint(PRODUCTS)
+    return ours and called and (module or not names.isdisjoint(ATTENTION))
 
 
 def _names(cls: type) -> Iterator[str]:
