@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import bittern as bt
 from bittern.errors import ExportError, OutputError, VerificationError
 from bittern.exporting import ExportRecord
-from bittern_huggingface.compressed.reload import ask_client
+from bittern_huggingface.compressed.reload import _message, ask_client
+from bittern_huggingface.compressed.verify import _scales
 
 RECIPES = ["int8", "int8-weight-only", "int4", "fp8", "fp8-dynamic"]
 # suffix -> (dtype, shape as a function of out and in), after the library's own presets
@@ -219,6 +221,49 @@ def test_convolutions_are_refused_with_a_hint(tmp_path: Path) -> None:
     assert "skip.+={class: Conv2d}" in str(caught.value)
     bt.quantize(model, "int8-weight-only", overrides=["skip.+={class: Conv2d}"])
     bt.export(model, tmp_path / "out")
+
+
+def test_a_pooling_attention_of_torch_is_left_out_in_two_steps(tmp_path: Path) -> None:
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    model = transformers.SiglipVisionModel(config)
+    overrides = ["skip.+={class: Conv2d}", "skip.+={class: MultiheadAttention}"]
+    bt.quantize(model, "int8-weight-only", overrides=overrides)
+    with pytest.raises(ExportError, match="never calls it") as caught:
+        bt.export(model, tmp_path / "out", format="compressed-tensors")
+    (hint,) = re.findall(r"-o '(.*?)'", str(caught.value.hint))
+    bt.quantize(model, "int8-weight-only", overrides=[*overrides, hint])
+    bt.export(model, tmp_path / "out", format="compressed-tensors", verify=False)
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert any(name.endswith("q_proj.weight_scale") for name in found)
+
+
+def test_only_scales_of_quantizers_must_be_positive() -> None:
+    zero = torch.zeros(2)
+    named = {"a.weight_scale": zero, "a.correct_output_scale": zero, "k_scale": zero}
+    found = {finding.tensor_or_field for finding in _scales(named)}
+    assert found == {"a.weight_scale", "k_scale"}
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        (
+            'Traceback:\n  File "a", line 1\n    f()\nValueError: no {\n  "x": 1\n}\n',
+            "ValueError: no {",
+        ),
+        ("Killed\n\n", "Killed"),
+        ("", ""),
+    ],
+)
+def test_the_error_of_the_client_is_its_exception(stderr: str, said: str) -> None:
+    assert _message(stderr) == said
 
 
 def test_a_tied_head_is_refused(demo_dir: Path, tmp_path: Path) -> None:

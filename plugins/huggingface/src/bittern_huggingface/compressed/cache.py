@@ -7,10 +7,12 @@ the model that has one must be, and nothing else of attention can be.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+from compressed_tensors.utils.helpers import get_head_dim, get_num_attn_heads, get_num_kv_heads
 from torch import Tensor, nn
 
 from bittern.errors import ExportError
@@ -23,6 +25,7 @@ __all__ = ["cache_scheme", "cache_tensors", "check_cache", "is_attention"]
 
 HELD = ("k", "v")
 LATENT = "kv_b_proj"  # the projection by which the client, too, tells latent attention
+NO_CACHE = "leave it out (-o kv_cache=null), or --format safetensors"
 FIX = "kv_cache: fp8 in the recipe quantizes what the file can hold; or --format safetensors"
 
 
@@ -36,8 +39,8 @@ def check_cache(model: nn.Module, plan: Plan) -> None:
 
     Raises:
         ExportError: Other slots than ``k`` and ``v``, another format than static fp8 per tensor, a
-            cache of latents, or not every attention with a cache; with the first module that does
-            not fit.
+            cache of latents, not every attention with a cache, or a config that does not say the
+            shape of one; with the first module that does not fit.
     """
     quantized = {p: slots for p, slots in plan.by_module().items() if is_attention(slots)}
     if not quantized:
@@ -65,7 +68,7 @@ def check_cache(model: nn.Module, plan: Plan) -> None:
                 "the cache of this attention holds latents, from which keys and values are "
                 "computed anew; what was quantized are the keys and values",
                 where=path,
-                hint="leave out kv_cache, or --format safetensors",
+                hint=NO_CACHE,
             )
     cached = {path for path, module in model.named_modules() if _cached(module)}
     wrong = sorted(cached.symmetric_difference(quantized))
@@ -74,8 +77,23 @@ def check_cache(model: nn.Module, plan: Plan) -> None:
         raise ExportError(
             f"compressed-tensors quantizes the KV cache of every attention, and this one {problem}",
             where=wrong[0],
-            hint="leave out kv_cache, or --format safetensors",
+            hint=NO_CACHE,
         )
+    try:
+        _check_heads(model.config)
+    except ValueError as error:
+        raise ExportError(
+            "transformers does not load a quantized KV cache for this model: "
+            f"{str(error).partition('. ')[0]}",
+            hint=NO_CACHE,
+        ) from error
+
+
+def _check_heads(config: Any) -> None:
+    """Raise the client's ValueError where it does not find the shapes of a cache in a config."""
+    text = config.get_text_config(decoder=True)
+    for read in (get_num_attn_heads, get_num_kv_heads, get_head_dim):
+        read(text)
 
 
 def cache_scheme(plan: Plan) -> QuantizationArgs | None:

@@ -107,7 +107,8 @@ def check_experts(model: nn.Module, path: str, slots: Mapping[str, PlanEntry]) -
             "transformers decompresses experts when it loads them, so it would not quantize their "
             "inputs",
             where=inputs[0].path,
-            hint=f"keep only their weights with -o 'rules.+={{match: \"*.{name}\", input: null}}', "
+            hint="quantize only their weights with "
+            f"-o 'rules.+={{match: \"*.{name}\", input: null}}', "
             f"leave the experts out with {out}, or --format safetensors",
         )
     spec = weights[UP].spec

@@ -34,7 +34,7 @@ def ask_client(
         dtype: Name of the dtype to load in; float32 compares without half precision's noise.
 
     Returns:
-        client.py's answer, or ``{"error": last line of its stderr}``.
+        client.py's answer, or ``{"error": the message it died with}``.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -47,10 +47,18 @@ def ask_client(
             check=False,
         )
         if process.returncode != 0 or not answer.is_file():
-            lines = [line for line in process.stderr.splitlines() if line.strip()]
-            return {"error": lines[-1] if lines else f"exit code {process.returncode}"}
+            return {"error": _message(process.stderr) or f"exit code {process.returncode}"}
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         return found
+
+
+def _message(stderr: str) -> str:
+    """Return the first line of the exception at the end of a traceback, else the last line."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    calls = [i for i, line in enumerate(lines) if line.startswith("  File ")]
+    after = lines[calls[-1] + 1 :] if calls else []
+    message = [line for line in after if not line.startswith(" ")]
+    return (message or lines[-1:] or [""])[0]
 
 
 def perplexity_after_reload(path: Path, rows: Tensor, *, expected: float | None = None) -> float:

@@ -60,12 +60,18 @@ def check(model: nn.Module, context: ExportContext) -> None:
         if are_experts(slots):
             check_experts(model, path, slots)
         elif not issubclass(original_class(module), COMPRESSIBLE_MODULE_TYPES):
+            kind = original_class(module)
             raise ExportError(
-                f"compressed-tensors holds Linear and Embedding, not "
-                f"{original_class(module).__name__}",
+                f"compressed-tensors holds Linear and Embedding, not {kind.__name__}",
                 where=path,
-                hint="leave these out (-o 'skip.+={class: "
-                f"{original_class(module).__name__}}}'), or --format safetensors",
+                hint=_without(kind, modules, context.plan),
+            )
+        elif isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention):
+            raise ExportError(
+                "in the client, nn.MultiheadAttention reads the weight of this layer and never "
+                "calls it, so its input would not be quantized",
+                where=path,
+                hint=f"leave it out (-o 'skip.+=\"{path}\"'), or --format safetensors",
             )
         for entry in slots.values():
             if entry.parameter in tied:
@@ -86,6 +92,17 @@ def check(model: nn.Module, context: ExportContext) -> None:
                     )
     check_cache(model, context.plan)
     module_schemes(context.plan, model)
+
+
+def _without(kind: type, modules: Mapping[str, nn.Module], plan: Plan) -> str:
+    """Return how to export a plan that quantizes layers of a kind that the file does not hold."""
+    others = any(
+        not is_attention(slots) and not issubclass(original_class(modules[path]), kind)
+        for path, slots in plan.by_module().items()
+    )
+    if not others:
+        return "nothing else is quantized, so the one way is --format safetensors"
+    return f"leave these out (-o 'skip.+={{class: {kind.__name__}}}'), or --format safetensors"
 
 
 def module_schemes(plan: Plan, model: nn.Module) -> dict[str, QuantizationScheme]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ __all__ = ["verify"]
 
 CLIENT = "transformers"
 AGAIN = "export the model again"
+LEAVE = "leave out the layers that it speaks of, or export with --format safetensors"
+# A model may have parameters of its own whose names end in _scale.
+SCALE = re.compile(r"(.*\.)?(weight|input|output|q|k|v)_(global_)?scale")
 
 
 def verify(path: Path, record: ExportRecord | None) -> Verification:
@@ -56,7 +60,7 @@ def verify(path: Path, record: ExportRecord | None) -> Verification:
     if not findings:  # damaged files need no client to be condemned
         answer = _ask(path, probe)
         if "error" in answer:
-            findings.append(Finding("checkpoint", f"transformers fails: {answer['error']}", AGAIN))
+            findings.append(Finding("checkpoint", f"transformers fails: {answer['error']}", LEAVE))
         else:
             findings += _loading(answer)
             version = answer["transformers"]
@@ -109,7 +113,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], list[Finding]]:
 
 def _scales(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
     for name, tensor in tensors.items():
-        if name.endswith("_scale") and tensor.is_floating_point():
+        if SCALE.fullmatch(name) and tensor.is_floating_point():
             values = tensor.float()
             if not bool(torch.isfinite(values).all()):
                 yield Finding(name, "holds NaN or Inf", AGAIN)

@@ -52,6 +52,8 @@ def write(model: nn.Module, path: Path, context: ExportContext) -> Written:
     packed = packed_modules(model, context.access)
     slots = plan.by_module()
     for item in context.progress.track(packed, "packing", total=len(slots)):
+        if item.path not in slots:  # it was converted for its children's sake only
+            continue
         if is_attention(slots[item.path]):
             tensors |= cache_tensors(item)
             continue
