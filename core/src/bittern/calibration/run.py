@@ -161,12 +161,19 @@ def _check_options(function: Callable[..., Any], name: str, options: Mapping[str
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    for option in options:
+    known = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for option, value in options.items():
         if option not in known:
             raise CalibrationError(
                 f"the algorithm {name!r} has no option {option!r}",
                 hint=f"it has {', '.join(known)}" if known else "it has none",
+            )
+        default = known[option]
+        kind = bool if isinstance(default, bool) else int | float
+        if isinstance(default, int | float) and not isinstance(value, kind):
+            raise CalibrationError(  # the text "no" would count as true
+                f"the option {option!r} of the algorithm {name!r} is {value!r}",
+                hint="write true or false, without quotes" if kind is bool else "write a number",
             )
 
 
