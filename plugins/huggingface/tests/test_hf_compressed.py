@@ -102,7 +102,16 @@ def test_names_dtypes_and_shapes_are_those_of_the_library(
     assert (path / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "int8",
+        "int4",
+        "fp8",
+        pytest.param("int8-weight-only", marks=pytest.mark.heavy),
+        pytest.param("fp8-dynamic", marks=pytest.mark.heavy),
+    ],
+)
 def test_the_client_in_a_fresh_process_computes_what_the_model_in_memory_does(
     recipe: str, demo_dir: Path, tmp_path: Path
 ) -> None:
