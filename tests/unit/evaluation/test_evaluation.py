@@ -569,3 +569,12 @@ def test_in_float32_leaves_a_model_alone_that_would_take_too_much() -> None:
     with in_float32(model, limit=100) as dtype:
         assert dtype == "bfloat16"
         assert model.weight.dtype == torch.bfloat16
+
+
+def test_containers_that_only_call_their_children_are_no_layers(toolkit: Toolkit) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model, batch = nn.TransformerEncoder(layer, 1).eval(), torch.randn(2, 5, 16)
+    toolkit.quantize(model, "int8", [batch])
+    found = {error.module for error in toolkit.evaluate(model, [batch]).layers}
+    inner = {"self_attn", "self_attn.out_proj", "linear1", "linear2"}
+    assert found == {f"layers.0.{name}" for name in inner}

@@ -163,6 +163,8 @@ def _layer_errors(model: nn.Module, batch: Batch) -> dict[str, Sqnr]:
 
     try:
         for path, module in named_quant_modules(model):
+            if not module.slots():  # it only calls its quantized children
+                continue
             hook = watch(path)  # before hooks of others, which may change the output
             handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         batch.run(model)

@@ -98,6 +98,8 @@ def packed_modules(
     """Yield the quantized modules one by one, packed; only one is in memory at a time."""
     for path, module in named_quant_modules(model):
         slots = module.slots()
+        if not slots:  # it only calls its quantized children
+            continue
         weights: dict[str, Quantized] = {}
         inputs: dict[str, Tensor] = {}
         zero_points: dict[str, Tensor] = {}
