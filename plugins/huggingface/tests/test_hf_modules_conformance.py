@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from torch import nn
@@ -74,8 +73,3 @@ class TestModules(ModuleConformance):
             ModuleCase("gpt-oss-experts", make=gpt_oss, inputs=routed),
             ModuleCase("llama4-experts", make=llama4, inputs=rows),
         ]
-
-    @pytest.mark.heavy  # processes that import transformers; core's layers run the same code
-    def test_two_processes_calibrate_like_one(self, case: ModuleCase) -> None:
-        """Protects users of torchrun: ranges are those of all the data, on every rank."""
-        super().test_two_processes_calibrate_like_one(case)
