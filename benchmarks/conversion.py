@@ -10,12 +10,12 @@ weights are quantized once.
 
 Measured (AMD EPYC, 2 shared cores, Python 3.11, torch 2.13 CPU), per Linear:
 
-    plan                              0.05 ms
-    convert, 1000 / 3000 Linears      0.07 / 0.13 ms   <= 0.2 ms
-    calibrate on one row              0.32 ms
-    forward overhead, disabled        4.1 us
-    forward overhead, quantized       108 us           <= 30 us
-    forward overhead, weights folded  58 us            <= 30 us
+    plan                              0.06 to 0.09 ms
+    convert, 1000 / 3000 Linears      0.12 / 0.19 ms   <= 0.2 ms
+    calibrate on one row              0.7 to 1.1 ms
+    forward overhead, disabled        3.0 to 6.6 us
+    forward overhead, quantized       52 us            <= 30 us
+    forward overhead, weights folded  25 to 29 us      <= 30 us
 """
 
 from __future__ import annotations

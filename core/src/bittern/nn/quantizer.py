@@ -13,7 +13,7 @@ from bittern.errors import NumericsError
 from bittern.nn.experts import Experts
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import Observer
-from bittern.nn.transforms import Transforms
+from bittern.nn.transforms import Transforms, keep_dtype
 from bittern.nn.weightcache import WeightCache
 from bittern.numerics import (
     Range,
@@ -114,6 +114,7 @@ class TensorQuantizer(nn.Module):
         static = tensor is None and not spec.dynamic
         self.block_dynamic = self.codec.two_level and static
         self.per_expert = spec.stacked and static
+        self._row_spec = dataclasses.replace(spec, granularity=PerToken())  # a row, its expert's
         if spec.constant_amax is not None:
             self.set_amax(torch.tensor(float(spec.constant_amax)))
 
@@ -400,10 +401,9 @@ class TensorQuantizer(nn.Module):
             assert self.global_scale is not None
             return self.spec, None, _per_row(self.global_scale, experts.index, x)
         assert self.scale is not None
-        spec = dataclasses.replace(self.spec, granularity=PerToken())
         zero = self.zero_point
         return (
-            spec,
+            self._row_spec,
             Scales(
                 _per_row(self.scale, experts.index, x),
                 None if zero is None else _per_row(zero, experts.index, x),
@@ -467,10 +467,7 @@ class TensorQuantizer(nn.Module):
         """Move with the model, but stay float32: a scale in half precision gives other codes."""
         before = {name: self._buffers.get(name) for name in BUFFERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in before.items():
-            moved = self._buffers.get(name)
-            if value is not None and moved is not None and moved.dtype != value.dtype:
-                self._buffers[name] = value.to(moved.device)
+        keep_dtype(self, before)
         if self._scales is not None and self.scale is not None:
             self._scales = Scales(self.scale, self.zero_point, self.global_scale)
         self.clear_cache()

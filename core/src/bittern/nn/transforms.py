@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -12,7 +12,7 @@ from bittern.errors import NumericsError
 from bittern.numerics.rotation import rotate
 from bittern.records import Affine, Rotation
 
-__all__ = ["Transforms", "bias_of", "check_axes"]
+__all__ = ["Transforms", "bias_of", "check_axes", "keep_dtype"]
 
 BUFFERS = ("pre_scale", "matrix", "bias")
 
@@ -139,10 +139,7 @@ class Transforms(nn.Module):
         """Move with the model, but stay float32."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in before.items():
-            moved = self._buffers[name]
-            if value is not None and moved is not None and moved.dtype != value.dtype:
-                self._buffers[name] = value.to(moved.device)
+        keep_dtype(self, before)
         return self
 
     def extra_repr(self) -> str:
@@ -151,6 +148,19 @@ class Transforms(nn.Module):
         parts += [str(self.rotation)] if self.rotation is not None else []
         parts += [f"bias {self.affine}"] if self.affine is not None else []
         return ", ".join(parts)
+
+
+def keep_dtype(module: nn.Module, before: Mapping[str, Tensor | None]) -> None:
+    """Give buffers that moved the dtype from before: a scale in half precision is another one.
+
+    Args:
+        module: The module after the move.
+        before: Its buffers before, by name.
+    """
+    for name, value in before.items():
+        moved = module._buffers.get(name)
+        if value is not None and moved is not None and moved.dtype != value.dtype:
+            module._buffers[name] = value.to(moved.device)
 
 
 def bias_of(x: Tensor, affine: Affine) -> Tensor:
