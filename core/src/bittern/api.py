@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from bittern.config import RecipeLike
     from bittern.records import (
+        AppliedMode,
         CalibrationSummary,
         DataConfig,
         Evaluation,
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "analyze_symbols",
+    "apply_mode",
     "calibrate",
     "evaluate",
     "export",
     "load",
+    "modes_of",
     "plan",
     "quantize",
     "recursive_trace",
@@ -274,19 +277,68 @@ def verify(
     return _toolkit(toolkit).verify(path, client)
 
 
-def save(model: nn.Module, path: str | Path, *, toolkit: Toolkit | None = None) -> None:
+def apply_mode(
+    model: nn.Module,
+    mode: str,
+    config: Mapping[str, Any] | None = None,
+    *,
+    data: Data | str | Path | None = None,
+    data_config: DataConfig | None = None,
+    progress: Progress | None = None,
+    toolkit: Toolkit | None = None,
+) -> AppliedMode:
+    """Apply an optimization step to a model, in place, and put it on the model's stack of modes.
+
+    Args:
+        model: Any PyTorch model.
+        mode: Name of the mode: ``quantize``, or a plugin's.
+        config: Its options.
+        data: As for `quantize`, for modes that need data.
+        data_config: How a path is read.
+        progress: Shows where long work is.
+        toolkit: Plugins to use; all that are installed by default.
+
+    Raises:
+        PlanError: No such mode or option, or it may not follow the modes that were applied; the
+            structure of the model is then what it was.
+    """
+    return _toolkit(toolkit).apply_mode(
+        model, mode, config, data=data, data_config=data_config, progress=progress
+    )
+
+
+def modes_of(model: nn.Module) -> tuple[AppliedMode, ...]:
+    """Return what was done to a model, the first step first.
+
+    Args:
+        model: A model, a copy of it, or what wraps it (DDP, ``torch.compile``, peft).
+    """
+    from bittern.convert import modes_of
+
+    return modes_of(model)
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    state_only: bool = False,
+    toolkit: Toolkit | None = None,
+) -> None:
     """Save a quantized model: weights, ranges and a manifest of what was done. Never pickle.
 
     Args:
-        model: A quantized model.
+        model: A quantized model, or what wraps it.
         path: A directory that is empty or not there.
+        state_only: Whether only the quantizers' state is saved, beside weights that somebody else
+            keeps.
         toolkit: Plugins to use; all that are installed by default.
 
     Raises:
         PlanError: The model is not quantized.
         OutputError: The directory cannot be used.
     """
-    _toolkit(toolkit).save(model, path)
+    _toolkit(toolkit).save(model, path, state_only=state_only)
 
 
 def restore(model: nn.Module, path: str | Path, *, toolkit: Toolkit | None = None) -> None:

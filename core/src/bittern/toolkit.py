@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from bittern.config import Recipe, RecipeLike
     from bittern.exporting import ExportContext
+    from bittern.modes import ModeContext
     from bittern.records import (
+        AppliedMode,
         CalibrationSummary,
         DataConfig,
         Evaluation,
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
         ExportReport,
         LoadConfig,
         ModelAdapter,
+        ModuleRule,
         Plan,
         Verification,
     )
+    from bittern.registry.modules import ClassTable
     from bittern.report import Result
     from bittern.runtime import Data, Progress
     from bittern.tracing import GraphCollection, SymMap, Trace
@@ -83,6 +87,10 @@ class Toolkit:
 
         found = self.plugins.first("resolve_model_adapter", model=model)
         return found if found is not None else ModelAdapter()
+
+    def rules(self, model: nn.Module) -> ClassTable[ModuleRule]:
+        """Return the module rules, those that only the live model shows included."""
+        return self.registry.modules.extended(self.plugins.collect("discover_modules", model=model))
 
     def access(self, module: nn.Module, *, write: bool) -> AbstractContextManager[None]:
         """Return a context manager within which the module's weights are real tensors."""
@@ -195,10 +203,8 @@ class Toolkit:
         from bittern.planning import build_plan
 
         whole = self.recipe(recipe, overrides)
-        modules = self.registry.modules.extended(
-            self.plugins.collect("discover_modules", model=model)
-        )
-        return build_plan(model, whole, self.registry, adapter=self.adapter(model), modules=modules)
+        rules = self.rules(model)
+        return build_plan(model, whole, self.registry, adapter=self.adapter(model), modules=rules)
 
     def convert(self, model: nn.Module, plan: Plan) -> None:
         """Swap classes and attach quantizers, in place."""
@@ -257,7 +263,10 @@ class Toolkit:
         progress: Progress | None = None,
     ) -> Result:
         """Plan, convert and calibrate; on an error the model is what it was."""
-        from bittern.convert import remember
+        from dataclasses import asdict
+
+        from bittern.convert import push_mode, remember
+        from bittern.modes.quantize import applied
         from bittern.records import Plan
         from bittern.report import Report, Result
 
@@ -270,6 +279,8 @@ class Toolkit:
         try:
             self.convert(model, plan)
             summary = self.calibrate(model, plan, batches, progress=progress)
+            said = None if config is None else asdict(config)
+            push_mode(model, applied(plan, summary, overrides=overrides, data=said))
         except BaseException:
             undo()
             raise
@@ -367,25 +378,61 @@ class Toolkit:
                 )
         return report
 
-    def save(self, model: nn.Module, path: str | Path) -> None:
-        """Save a quantized model's state."""
+    # --- state ---
+
+    def apply_mode(
+        self,
+        model: nn.Module,
+        mode: str,
+        config: Mapping[str, Any] | None = None,
+        *,
+        data: Data | str | Path | None = None,
+        data_config: DataConfig | None = None,
+        progress: Progress | None = None,
+    ) -> AppliedMode:
+        """Apply a mode to a model and put it on the model's stack."""
+        from bittern.modes import apply_mode
+
+        context = self._modes(model, data, data_config, progress)
+        return apply_mode(model, mode, config if config is not None else {}, context)
+
+    def _modes(
+        self,
+        model: nn.Module,
+        data: Data | str | Path | None = None,
+        config: DataConfig | None = None,
+        progress: Progress | None = None,
+    ) -> ModeContext:
+        from dataclasses import asdict
+
+        from bittern.modes import ModeContext
+        from bittern.runtime import SILENT
+
+        return ModeContext(
+            toolkit=self,
+            data=self.data(data, model, config) if data is not None else None,
+            data_config=None if config is None else asdict(config),
+            progress=progress if progress is not None else SILENT,
+        )
+
+    def save(self, model: nn.Module, path: str | Path, *, state_only: bool = False) -> None:
+        """Save what was done to a model, and its tensors."""
         from bittern.checkpoint import save_state
 
-        save_state(model, Path(path))
+        io = self.plugins.first("resolve_checkpoint_io", model=model, path=Path(path))
+        save_state(model, Path(path), modes=self.registry.modes, io=io, state_only=state_only)
 
     def restore(self, model: nn.Module, path: str | Path) -> None:
         """Restore a saved state into a fresh model."""
         from bittern.checkpoint import restore_state
 
-        modules = self.registry.modules.extended(
-            self.plugins.collect("discover_modules", model=model)
-        )
         restore_state(
             model,
             Path(path),
-            self.registry,
-            modules,
-            after_convert=lambda plan: self.plugins.notify("after_convert", model=model, plan=plan),
+            self._modes(model),
+            resolve_io=lambda: self.plugins.first(
+                "resolve_checkpoint_io", model=model, path=Path(path)
+            ),
         )
 
     def verify(self, path: str | Path, client: str | None = None) -> Verification:

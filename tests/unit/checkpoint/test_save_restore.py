@@ -87,7 +87,8 @@ def test_the_files_hold_no_pickle(tmp_path: Path) -> None:
         "state.safetensors",
     }
     manifest = json.loads((tmp_path / "state" / "manifest.json").read_text())
-    assert manifest["recipe"] == "int8"
+    assert [mode["name"] for mode in manifest["modes"]] == ["quantize"]
+    assert manifest["modes"][0]["config"]["recipe"] == "int8"
 
 
 def test_a_plain_model_has_no_state_to_save(tmp_path: Path) -> None:
@@ -110,6 +111,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     file.write_text(json.dumps(data))
 
 
+def edit_entry(path: Path, **changes: Any) -> None:
+    edit(path, lambda d: d["modes"][0]["metadata"]["entries"][0].update(changes))
+
+
 def drop_tensor(path: Path) -> None:
     tensors = load_file(path / "state.safetensors")
     del tensors["2.weight"]
@@ -120,11 +125,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "no manifest"),
     "manifest is no JSON": (lambda p: (p / "manifest.json").write_text("{"), "not JSON"),
     "manifest is a list": (lambda p: (p / "manifest.json").write_text("[]"), "malformed"),
-    "entries malformed": (lambda p: edit(p, lambda d: d.update(entries=[1])), "malformed"),
+    "modes malformed": (lambda p: edit(p, lambda d: d.update(modes=[1])), "malformed"),
+    "entries malformed": (
+        lambda p: edit(p, lambda d: d["modes"][0]["metadata"].update(entries=[1])),
+        "malformed",
+    ),
+    "unknown mode": (lambda p: edit(p, lambda d: d["modes"][0].update(name="x")), "mode 'x'"),
+    "unknown option": (
+        lambda p: edit(p, lambda d: d["modes"][0]["config"].update(more=1)),
+        "no option 'more'",
+    ),
     "unknown key": (lambda p: edit(p, lambda d: d.update(more=1)), "malformed"),
     "newer schema": (lambda p: edit(p, lambda d: d.update(schema=99)), "newer"),
-    "unknown format": (lambda p: edit(p, lambda d: d["entries"][0].update(format="x")), "format"),
-    "unknown slot": (lambda p: edit(p, lambda d: d["entries"][0].update(slot="q")), "no loaded"),
+    "unknown format": (lambda p: edit_entry(p, spec={"format": "x"}), "format"),
+    "unknown slot": (lambda p: edit_entry(p, slot="q"), "no loaded"),
     "truncated tensors": (
         lambda p: (p / "state.safetensors").write_bytes(b"\x10" * 20),
         "cannot be read",

@@ -13,6 +13,7 @@ from bittern.hooks import hookimpl
 from bittern.records import (
     Algorithm,
     Exporter,
+    Mode,
     NumberFormat,
     RecipeSource,
 )
@@ -63,6 +64,22 @@ def register_trace_ops() -> list[OpRule]:
 def register_formats() -> tuple[NumberFormat, ...]:
     """Integers of 2 to 8 bits, fp8, nvfp4, the MX formats, nf4."""
     return FORMATS
+
+
+@hookimpl
+def register_modes() -> list[Mode]:
+    """Quantization."""
+    return [
+        Mode(
+            name="quantize",
+            convert="bittern.modes.quantize:convert",
+            restore="bittern.modes.quantize:restore",
+            config="bittern.modes.quantize:QuantizeConfig",
+            metadata="bittern.modes.quantize:metadata",
+            exclusive=True,
+            description="plan, convert and calibrate by a recipe",
+        ),
+    ]
 
 
 @hookimpl

@@ -21,7 +21,16 @@ from bittern.nn.observer import SharedInputs
 from bittern.records import CalibrationSummary, ModelAdapter, Plan
 from bittern.registry import Registry
 from bittern.registry.targets import bound
-from bittern.runtime import SILENT, Data, Progress, call_forward, evaluating, length_of, prepare
+from bittern.runtime import (
+    SILENT,
+    Data,
+    Fingerprint,
+    Progress,
+    call_forward,
+    evaluating,
+    length_of,
+    prepare,
+)
 from bittern.tracing import Trace
 
 __all__ = ["run_calibration"]
@@ -70,15 +79,17 @@ def run_calibration(
         progress=progress,
     )
     batches = 0
+    seen = Fingerprint()
 
     def forward() -> int:
         nonlocal batches
         assert data is not None
         problem: Exception | None = None
         try:
-            batches = wrap(lambda: _pass(model, data, adapter, shared, progress))
+            batches = wrap(lambda: _pass(model, data, adapter, shared, progress, seen=seen))
         except Exception as error:
             problem = error
+        seen.close()
         agree(problem)  # before anybody waits for statistics of a rank that has none
         return batches
 
@@ -109,7 +120,10 @@ def run_calibration(
     for name in uncalibrated:
         log.warning("%s saw no data and stays unquantized", name)
     return CalibrationSummary(
-        batches=batches, seconds=time.perf_counter() - start, uncalibrated=uncalibrated
+        batches=batches,
+        seconds=time.perf_counter() - start,
+        uncalibrated=uncalibrated,
+        data=seen.value,
     )
 
 
@@ -178,7 +192,13 @@ def _check_options(function: Callable[..., Any], name: str, options: Mapping[str
 
 
 def _pass(
-    model: nn.Module, data: Data, adapter: ModelAdapter, shared: SharedInputs, progress: Progress
+    model: nn.Module,
+    data: Data,
+    adapter: ModelAdapter,
+    shared: SharedInputs,
+    progress: Progress,
+    *,
+    seen: Fingerprint,
 ) -> int:
     count = 0
     raw: Any
@@ -197,6 +217,7 @@ def _pass(
         return max(count, 1)
     for raw in progress.track(data, "calibrating", total=length_of(data)):
         shared.batch = count
+        seen.update(raw)
         prepare(raw, model, adapter, index=count).run(model)
         count += 1
     if count == 0:

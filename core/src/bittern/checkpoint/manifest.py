@@ -3,67 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
+
+from bittern.checkpoint.migrations import SCHEMA, migrated
 from bittern.errors import CheckpointError
-from bittern.planning import with_options
-from bittern.records import (
-    Affine,
-    Granularity,
-    NumberFormat,
-    PerBlock,
-    PerChannel,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    Plan,
-    QuantizerSpec,
-    Rotation,
-)
-from bittern.registry import NamedTable
 
-__all__ = [
-    "FILE",
-    "TENSORS",
-    "Entry",
-    "Manifest",
-    "granularity_from",
-    "granularity_to",
-    "spec_from",
-    "spec_to",
-]
+__all__ = ["FILE", "Manifest", "ModeEntry"]
 
 FILE = "manifest.json"
-TENSORS = "state.safetensors"
-SCHEMA = 2
-_KINDS: dict[str, type[Granularity]] = {
-    "tensor": PerTensor,
-    "channel": PerChannel,
-    "token": PerToken,
-    "group": PerGroup,
-    "block": PerBlock,
-}
+STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One quantizer.
+class ModeEntry:
+    """One mode of the stack, see `bittern.records.AppliedMode`."""
 
-    Attributes:
-        module: Dotted path of the module.
-        slot: Name of the slot.
-        spec: How it is quantized, see `spec_to`.
-        rule: Target string of the module rule.
-        plugin: Label of the plugin that registered it.
-    """
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    module: str
-    slot: str
-    spec: dict[str, Any]
-    rule: str
+    name: str
     plugin: str
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +37,25 @@ class Manifest:
     """The content of manifest.json.
 
     Attributes:
-        bittern: Version of core that wrote it.
-        recipe: Name of the recipe.
-        entries: The quantizers.
-        algorithm: Calibration steps with their options.
-        plugins: Distribution to version of the plugins whose rules were used.
-        aliases: Tensor name to the name of the tensor it shares storage with.
         schema: Version of this layout.
+        bittern: Version of core that wrote it.
+        plugins: Distribution to version of the plugins whose modes and rules were used.
+        modes: What was done to the model, in order.
+        io: Who wrote the tensors: ``"safetensors"`` is core, other names are a plugin's
+            `CheckpointIO`.
+        weights: Whether the model's own tensors are there too, or only the quantizers' state.
+        aliases: Tensor name to the name of the tensor it shares storage with.
     """
 
-    bittern: str
-    recipe: str
-    entries: list[Entry] = field(default_factory=list)
-    algorithm: list[list[Any]] = field(default_factory=list)
-    plugins: dict[str, str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     schema: int = SCHEMA
+    bittern: str
+    plugins: dict[str, str] = field(default_factory=dict)
+    modes: list[ModeEntry] = field(default_factory=list)
+    io: str = "safetensors"
+    weights: bool = True
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write manifest.json."""
@@ -95,124 +64,28 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Read manifest.json.
+        """Read manifest.json, of this or any earlier schema.
 
         Raises:
             CheckpointError: It is missing, malformed, or newer than this version.
         """
         file = directory / FILE
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = from_json(file.read_bytes(), allow_inf_nan=False)
         except OSError as error:
             raise CheckpointError(
                 f"there is no {FILE}", where=str(directory), hint="give what bittern.save wrote"
             ) from error
         except ValueError as error:
             raise CheckpointError(f"not JSON: {error}", where=str(file)) from error
-        if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
-            raise CheckpointError("malformed: no schema", where=str(file))
-        if data["schema"] < SCHEMA:
-            raise CheckpointError(
-                f"written by bittern {data.get('bittern')}, in a layout that is no longer read",
-                where=str(file),
-                hint="quantize the model again",
-            )
-        if data["schema"] > SCHEMA:
-            raise CheckpointError(
-                f"written by bittern {data.get('bittern')}, which is newer than this one",
-                where=str(file),
-                hint="pip install -U bittern",
-            )
         try:
-            entries = [Entry(**entry) for entry in data.pop("entries")]
-            manifest = cls(**data, entries=entries)
-            _check_types(manifest)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"malformed: {error}", where=str(file)) from error
-        return manifest
+            return _adapter().validate_json(to_json(migrated(data, where=str(file))))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"malformed: {place}: {first['msg']}", where=str(file)) from error
 
 
-def _check_types(manifest: Manifest) -> None:
-    for entry in manifest.entries:
-        for item in fields(entry):
-            value = getattr(entry, item.name)
-            wanted = dict if item.name == "spec" else str
-            if not isinstance(value, wanted):
-                raise TypeError(f"{item.name} of {entry.module} is {value!r}")
-    for name in ("plugins", "aliases"):
-        if not isinstance(getattr(manifest, name), dict):
-            raise TypeError(f"{name} is no mapping")
-
-
-def spec_to(spec: QuantizerSpec) -> dict[str, Any]:
-    """Return a spec as plain data; what is left at its default is left out."""
-    found: dict[str, Any] = {
-        "format": spec.format.name,
-        "granularity": granularity_to(spec.granularity),
-    }
-    if spec.format.options:
-        found["options"] = dict(spec.format.options)
-    for name in ("dynamic", "stacked", "backend", "constant_amax"):
-        value = getattr(spec, name)
-        if value not in (None, False):
-            found[name] = value
-    if spec.rotation is not None:
-        found["rotation"] = asdict(spec.rotation)
-    if spec.affine is not None:
-        found["affine"] = {**asdict(spec.affine), "axes": list(spec.affine.axes)}
-    if spec.then is not None:
-        found["then"] = spec_to(spec.then)
-    return found
-
-
-def spec_from(data: dict[str, Any], formats: NamedTable[NumberFormat]) -> QuantizerSpec:
-    """Undo `spec_to`.
-
-    Raises:
-        CheckpointError: It is malformed, or names an unknown format.
-    """
-    rest = dict(data)
-    try:
-        number_format = with_options(formats.get(rest.pop("format")), rest.pop("options", {}))
-        granularity = granularity_from(rest.pop("granularity"))
-        rotation, affine, then = (rest.pop(name, None) for name in ("rotation", "affine", "then"))
-        return QuantizerSpec(
-            number_format,
-            granularity,
-            rotation=None if rotation is None else Rotation(**rotation),
-            affine=None if affine is None else Affine(**{**affine, "axes": tuple(affine["axes"])}),
-            then=None if then is None else spec_from(then, formats),
-            **rest,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"malformed spec {data!r}: {error}") from error
-
-
-def granularity_to(granularity: Granularity) -> dict[str, Any]:
-    """Return a granularity as ``{"kind": "group", "size": 128, "axis": -1}``."""
-    kind = next(name for name, cls in _KINDS.items() if type(granularity) is cls)
-    return {"kind": kind, **asdict(granularity)}
-
-
-def granularity_from(data: dict[str, Any]) -> Granularity:
-    """Undo `granularity_to`.
-
-    Raises:
-        CheckpointError: It is malformed.
-    """
-    rest = dict(data)
-    if isinstance(rest.get("axis"), list):  # JSON has no tuples
-        rest["axis"] = tuple(rest["axis"])
-    try:
-        found: Granularity = _KINDS[rest.pop("kind")](**rest)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"unknown granularity {data!r}") from error
-    return found
-
-
-def entries_of(plan: Plan) -> list[Entry]:
-    """Return a plan's entries for the manifest."""
-    return [
-        Entry(module=e.module, slot=e.slot, spec=spec_to(e.spec), rule=e.rule, plugin=e.plugin)
-        for e in plan.entries
-    ]
+@cache
+def _adapter() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)

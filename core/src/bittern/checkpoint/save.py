@@ -1,56 +1,90 @@
-"""Saves a quantized model: its tensors, its quantizers' ranges, and the manifest."""
+"""Saves what was done to a model: its tensors, its quantizers' state, and the manifest."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from bittern._version import __version__
-from bittern.checkpoint.manifest import TENSORS, Manifest, entries_of
-from bittern.convert import plan_of
+from bittern.checkpoint.manifest import Manifest, ModeEntry
+from bittern.checkpoint.tensors import own_names, own_tensors, quantizer_tensors, unaliased
+from bittern.checkpoint.witness import witness
+from bittern.errors import PlanError
 from bittern.exporting import staged_directory
-from bittern.nn import named_quantizers, quantizer_keys
+from bittern.modes import recorded
+from bittern.records import AppliedMode, CheckpointIO, Mode
+from bittern.registry import NamedTable
 
-__all__ = ["QUANTIZERS", "save_state"]
+__all__ = ["TENSORS", "save_state"]
 
-QUANTIZERS = "bittern.quantizers/"  # then "module.slot/" and the name of what it found out
+TENSORS = "state.safetensors"
 
 
-def save_state(model: nn.Module, path: Path) -> None:
-    """Write ``model`` to the directory ``path``, whole or not at all.
+def save_state(
+    model: nn.Module,
+    path: Path,
+    *,
+    modes: NamedTable[Mode],
+    io: CheckpointIO | None = None,
+    state_only: bool = False,
+) -> None:
+    """Write a model to the directory ``path``, whole or not at all.
+
+    Args:
+        model: A model with at least one mode, or what wraps it.
+        path: The directory.
+        modes: What the plugins registered.
+        io: Writes the model's own tensors; ``None`` for safetensors.
+        state_only: Whether the model's own tensors are left to somebody else.
 
     Raises:
-        PlanError: The model is not quantized.
+        PlanError: Nothing was done to the model.
         OutputError: The directory cannot be used.
     """
-    plan = plan_of(model)
-    tensors: dict[str, Tensor] = {}
+    stack = recorded(model, modes)
+    if not stack:
+        raise PlanError(
+            "this model is not quantized, and no other mode was applied to it",
+            hint="call bittern.quantize(model, recipe) first",
+        )
+    tensors = quantizer_tensors(model)
     aliases: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
-    learned = quantizer_keys(model)
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor) or name in learned:
-            continue
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in seen:
-            aliases[name] = seen[key]
-            continue
-        seen[key] = name
-        tensors[name] = tensor.detach().cpu().contiguous()
-    for name, quantizer in named_quantizers(model):
-        for local, value in quantizer.state().items():
-            tensors[f"{QUANTIZERS}{name}/{local}"] = value.cpu().contiguous()
-    labels = {entry.plugin for entry in plan.entries} - {"bittern"}
+    if state_only:
+        tensors |= witness(model)
+    elif io is None:
+        names = own_names(model)
+        own = {names.saved(name): tensor for name, tensor in own_tensors(model).items()}
+        kept, aliases = unaliased(own)
+        tensors |= kept
     manifest = Manifest(
         bittern=__version__,
-        recipe=plan.recipe,
-        entries=entries_of(plan),
-        algorithm=[[name, dict(options)] for name, options in plan.algorithm],
-        plugins={label.partition(" ")[0]: label.partition(" ")[2] for label in sorted(labels)},
+        plugins=_plugins(stack),
+        modes=[
+            ModeEntry(
+                name=m.name, plugin=m.plugin, config=dict(m.config), metadata=dict(m.metadata)
+            )
+            for m in stack
+        ],
+        io="safetensors" if io is None or state_only else io.name,
+        weights=not state_only,
         aliases=aliases,
     )
     with staged_directory(path) as stage:
-        save_file(tensors, stage / TENSORS)
+        if io is None or state_only:
+            save_file(tensors, stage / TENSORS)
+        else:
+            io.save(model, tensors, stage)
         manifest.write(stage)
+
+
+def _plugins(stack: list[AppliedMode]) -> dict[str, str]:
+    """Return name and version of the plugins that are needed to replay a stack."""
+    labels = {mode.plugin for mode in stack}
+    for mode in stack:
+        entries = mode.metadata.get("entries", ())
+        if isinstance(entries, list):
+            labels |= {str(e["plugin"]) for e in entries if isinstance(e, dict) and "plugin" in e}
+    pairs = (label.partition(" ") for label in sorted(labels))
+    return {name: version for name, _, version in pairs if name != "bittern"}

@@ -1,5 +1,19 @@
-"""From a plan to a quantized model, and back."""
+"""Applying a plan to a model, undoing it, and the record of what was done to a model."""
 
-from bittern.convert.apply import convert, plan_of, remember, revert
+from bittern.convert.apply import convert, plan_of, revert
+from bittern.convert.names import LiveNames, plain_name
+from bittern.convert.snapshot import remember
+from bittern.convert.stack import carrier, drop_modes, modes_of, push_mode
 
-__all__ = ["convert", "plan_of", "remember", "revert"]
+__all__ = [
+    "LiveNames",
+    "carrier",
+    "convert",
+    "drop_modes",
+    "modes_of",
+    "plain_name",
+    "plan_of",
+    "push_mode",
+    "remember",
+    "revert",
+]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import nn
 
 from bittern.convert.signatures import check_forward
+from bittern.convert.stack import PLAN, carrier, drop_modes
 from bittern.errors import PlanError
 from bittern.nn import (
     QuantModule,
@@ -16,13 +17,11 @@ from bittern.nn import (
     restore_class,
 )
 from bittern.nn.computed import check_unchanged
-from bittern.nn.module import SUFFIX, attach, swap_class
+from bittern.nn.module import SUFFIX, swap_class
 from bittern.records import Plan
 from bittern.registry import ANY, Registry, resolve, target_of
 
-__all__ = ["convert", "plan_of", "remember", "revert"]
-
-_PLAN = "_bittern_plan"
+__all__ = ["convert", "plan_of", "revert"]
 
 
 def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
@@ -83,7 +82,7 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
             for slot, entry in slots.items()
         }
         swap_class(modules[path], classes[path], quantizers)
-    setattr(model, _PLAN, plan)
+    vars(model)[PLAN] = plan
 
 
 def _check_free(module: nn.Module, slots: Iterable[str], *, where: str) -> None:
@@ -99,35 +98,18 @@ def _check_free(module: nn.Module, slots: Iterable[str], *, where: str) -> None:
             )
 
 
-def remember(model: nn.Module) -> Callable[[], None]:
-    """Return a function that undoes whatever is converted from now on.
-
-    A model that an earlier plan converted is then what that plan made of it, scales included.
-    """
-    plan = getattr(model, _PLAN, None)
-    before = [(m, type(m), m.slots()) for _, m in named_quant_modules(model)]
-
-    def undo() -> None:
-        revert(model)
-        for module, cls, quantizers in before:
-            attach(module, cls, quantizers)
-        if plan is not None:
-            setattr(model, _PLAN, plan)
-
-    return undo
-
-
 def plan_of(model: nn.Module) -> Plan:
-    """Return the plan a model was converted with.
+    """Return the plan a model, or what a wrapper holds, was converted with.
 
     Raises:
         PlanError: The model is not quantized.
     """
-    plan = getattr(model, _PLAN, None)
-    if not isinstance(plan, Plan):
+    found = carrier(model, PLAN)
+    if found is None:
         raise PlanError(
             "this model is not quantized", hint="call bittern.quantize(model, recipe) first"
         )
+    plan: Plan = vars(found[1])[PLAN]
     return plan
 
 
@@ -142,5 +124,6 @@ def revert(model: nn.Module) -> None:
         check_unchanged(module, where=path)
     for _, module in converted:
         restore_class(module)
-    if hasattr(model, _PLAN):
-        delattr(model, _PLAN)
+    drop_modes(model)
+    for part in model.modules():
+        vars(part).pop(PLAN, None)

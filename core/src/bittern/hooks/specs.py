@@ -111,7 +111,9 @@ def register_algorithms() -> Iterable[Algorithm]:  # type: ignore[empty-body]
 
 @hookspec
 def register_modes() -> Iterable[Mode]:  # type: ignore[empty-body]
-    """Add optimisation steps that can be stacked, saved and replayed. Reserved.
+    """Add optimization steps that can be stacked, saved and replayed.
+
+    Called once, on the first `bittern.apply_mode`, save or restore.
 
     Returns:
         One `Mode` per step.
@@ -237,11 +239,13 @@ def resolve_calibration_data(
 
 @hookspec(firstresult=True)
 def resolve_checkpoint_io(model: nn.Module, path: Path) -> CheckpointIO | None:
-    """Save and restore through the framework's own sharded format. Reserved.
+    """Save and restore through the framework's own format.
+
+    Called once per save and per restore.
 
     Args:
-        model: The model to save or restore.
-        path: Where to.
+        model: The model to save, or to restore into.
+        path: The directory as the user names it.
 
     Returns:
         A `CheckpointIO`, or ``None`` for core's safetensors.

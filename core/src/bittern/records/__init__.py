@@ -17,6 +17,7 @@ from bittern.records.granularity import (
     PerTensor,
     PerToken,
 )
+from bittern.records.modes import AppliedMode, Mode
 from bittern.records.modules import LeafRule, ModuleRule, OpRule, Slot, SymbolRule
 from bittern.records.plans import Plan, PlanEntry
 from bittern.records.results import (
@@ -27,13 +28,14 @@ from bittern.records.results import (
     LayerError,
     Verification,
 )
-from bittern.records.steps import Algorithm, Exporter, KernelRule, Mode, RecipeSource
+from bittern.records.steps import Algorithm, Exporter, KernelRule, RecipeSource
 from bittern.records.traces import Coverage, Fold, Group, Member
 
 __all__ = [
     "ATTENTION_SLOTS",
     "Affine",
     "Algorithm",
+    "AppliedMode",
     "CalibrationSummary",
     "CheckpointIO",
     "Coverage",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,14 +90,17 @@ class ParallelState:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointIO:
-    """How a framework saves and loads tensors beside our manifest.
+    """How a framework saves and loads a model's own tensors, beside our manifest.
 
     Attributes:
-        name: Written to the manifest.
-        save: Called as ``save(model, tensors, path)``.
-        load: Called as ``load(model, path)``, returns the tensors by name.
+        name: Written to the manifest; the same name has to be there to restore.
+        save: Called as ``save(model, tensors, path)``; it writes the model's own tensors, and
+            ``tensors``, what the quantizers found out by name, into the directory ``path``. Every
+            rank calls it.
+        load: Called as ``load(model, path)`` with the converted model; it fills the model's own
+            tensors, and returns those that ``save`` was given.
     """
 
     name: str
     save: Callable[[Any, Mapping[str, Any], Any], None]
-    load: Callable[[Any, Any], Iterable[tuple[str, Any]]]
+    load: Callable[[Any, Any], Mapping[str, Any]]

@@ -23,11 +23,14 @@ class CalibrationSummary:
         batches: Batches of data that went through the model; 0 when none were needed.
         seconds: Wall-clock seconds, conversion not included.
         uncalibrated: ``"path.slot"`` of static quantizers that saw no data.
+        data: Fingerprint of the batches, ``""`` where a function ran the model or no data was
+            needed.
     """
 
     batches: int = 0
     seconds: float = 0.0
     uncalibrated: tuple[str, ...] = ()
+    data: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Algorithms, modes, exporters, kernels and recipes that plugins register."""
+"""Algorithms, exporters, kernels and recipes that plugins register."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from bittern.records.checks import check_import_strings, check_priority
 
-__all__ = ["Algorithm", "Exporter", "KernelRule", "Mode", "RecipeSource"]
+__all__ = ["Algorithm", "Exporter", "KernelRule", "RecipeSource"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +33,6 @@ class Algorithm:
 
     def __post_init__(self) -> None:
         check_import_strings(self, "run", "restore")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mode:
-    """An optimisation step that can be stacked, saved and replayed.
-
-    Attributes:
-        name: The mode's name in the manifest.
-        convert: ``"package.module:function"`` applied to a model with the mode's config.
-        restore: ``"package.module:function"`` that replays the conversion on a fresh model.
-        next_modes: Names that may follow; empty means any.
-    """
-
-    name: str
-    convert: str
-    restore: str
-    next_modes: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        check_import_strings(self, "convert", "restore")
 
 
 @dataclass(frozen=True, kw_only=True)

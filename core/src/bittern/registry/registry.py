@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from bittern.errors import CalibrationError, ExportError, RecipeError
+from bittern.errors import CalibrationError, ExportError, PlanError, RecipeError
 from bittern.hooks.manager import PluginManager
 from bittern.records import (
     Algorithm,
     Exporter,
     LeafRule,
+    Mode,
     ModuleRule,
     NumberFormat,
     RecipeSource,
@@ -63,6 +64,11 @@ class Registry:
         """Calibration algorithms by name."""
         items = self._plugins.collect("register_algorithms")
         return NamedTable("algorithm", items, error=CalibrationError)
+
+    @cached_property
+    def modes(self) -> NamedTable[Mode]:
+        """Steps that can be stacked, saved and replayed."""
+        return NamedTable("mode", self._plugins.collect("register_modes"), error=PlanError)
 
     @cached_property
     def exporters(self) -> NamedTable[Exporter]:

@@ -1,0 +1,36 @@
+"""Undoes changes of a model's structure: classes, modules, parameters, attributes, hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["remember"]
+
+
+def remember(model: nn.Module) -> Callable[[], None]:
+    """Return a function that gives every module back what it holds now.
+
+    The very same parameters, buffers and children come back, whatever was put in their place; what
+    was written into a tensor in place stays written.
+    """
+    before = [(module, type(module), _copied(vars(module))) for module in model.modules()]
+
+    def undo() -> None:
+        for module, cls, attributes in before:
+            kind: Any = cls
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(_copied(attributes))
+
+    return undo
+
+
+def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Copy the attributes of a module, and torch's dicts of parameters, children and hooks."""
+    return {
+        name: value.copy() if isinstance(value, dict) and name.startswith("_") else value
+        for name, value in attributes.items()
+    }

@@ -1,0 +1,85 @@
+"""The mode stack: what was done to a model, in order, kept on the model itself.
+
+It is an attribute of the module that the first mode was applied to. That module may be inside of a
+wrapper by now, or a copy; whoever asks is given the stack of the one module that carries one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bittern.convert.names import plain_name
+from bittern.errors import PlanError
+from bittern.records import AppliedMode
+
+__all__ = ["CONVERSIONS", "PLAN", "STACK", "carrier", "drop_modes", "modes_of", "push_mode"]
+
+STACK = "_bittern_modes"
+PLAN = "_bittern_plan"
+# The modes that `revert` undoes.
+CONVERSIONS = frozenset({"quantize", "fold", "compress"})
+
+
+def carrier(model: nn.Module, attribute: str = STACK) -> tuple[str, nn.Module] | None:
+    """Return path and module of the one that carries a stack or a plan.
+
+    Args:
+        model: A model, or what wraps it.
+        attribute: `STACK` or `PLAN`.
+
+    Raises:
+        PlanError: It is not the model itself but a part of it, or there are several.
+    """
+    found = [(name, m) for name, m in model.named_modules() if attribute in vars(m)]
+    parts = [name for name, _ in found if plain_name(name)]
+    if parts or len(found) > 1:
+        raise PlanError(
+            f"parts of the model were converted on their own: {', '.join(parts[:3])}",
+            hint="work with the part, as model.get_submodule(name), or convert the whole model",
+        )
+    return found[0] if found else None
+
+
+def modes_of(model: nn.Module) -> tuple[AppliedMode, ...]:
+    """Return the modes that were applied to a model, the first first.
+
+    Args:
+        model: A model, a copy of it, or what wraps it.
+
+    Raises:
+        PlanError: Parts of the model have stacks of their own.
+    """
+    found = carrier(model)
+    stack: tuple[AppliedMode, ...] = () if found is None else vars(found[1])[STACK]
+    return stack
+
+
+def push_mode(model: nn.Module, applied: AppliedMode, *, exclusive: bool = False) -> None:
+    """Put a mode on top of the stack.
+
+    Args:
+        model: The model.
+        applied: The mode.
+        exclusive: Whether an earlier one of that name goes.
+    """
+    found = carrier(model)
+    home = model if found is None else found[1]
+    kept = [m for m in modes_of(model) if not (exclusive and m.name == applied.name)]
+    _set(home, (*kept, applied))
+
+
+def drop_modes(model: nn.Module, names: frozenset[str] = CONVERSIONS) -> None:
+    """Take modes off the stacks of a model and its parts, wherever they are in it."""
+    for module in model.modules():
+        if STACK in vars(module):
+            _set(module, tuple(m for m in vars(module)[STACK] if m.name not in names))
+
+
+def _set(module: nn.Module, stack: tuple[AppliedMode, ...]) -> None:
+    holder: Any = module
+    if stack:
+        setattr(holder, STACK, stack)
+    elif STACK in vars(module):
+        delattr(holder, STACK)
