@@ -61,7 +61,7 @@ def _to_3(data: dict[str, Any]) -> dict[str, Any]:
     plan = {name: rest.pop(name) for name in ("recipe", "entries", "algorithm")}
     mode = {
         "name": "quantize",
-        "plugin": f"bittern {data['bittern']}",
+        "plugin": "bittern",
         "config": {"recipe": plan["recipe"]},
         "metadata": plan,
     }

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bittern._version import __version__
 from bittern.convert import LiveNames, plain_name, plan_of
 from bittern.errors import BitternError, CheckpointError
 from bittern.modes.context import ModeContext
@@ -77,7 +76,7 @@ def applied(
     """
     return AppliedMode(
         name="quantize",
-        plugin=f"bittern {__version__}",
+        plugin="bittern",
         config={"recipe": plan.recipe, "overrides": list(overrides)},
         metadata=describe_calibration(summary, data),
     )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bittern.testing.frameworks import FakeFramework, fake_framework
     from bittern.testing.harness import PluginHarness, hooks_module
     from bittern.testing.kernels import KernelConformance
+    from bittern.testing.modes import ModeCase, ModeConformance
     from bittern.testing.module_cases import ModuleCase
     from bittern.testing.modules import ModuleConformance
     from bittern.testing.pickles import no_pickle
@@ -52,6 +53,8 @@ __all__ = [
     "HookRecorder",
     "KernelConformance",
     "LeafCase",
+    "ModeCase",
+    "ModeConformance",
     "ModuleCase",
     "ModuleConformance",
     "OpCase",
@@ -79,6 +82,7 @@ _HOMES = {
     "frameworks": ("FakeFramework", "fake_framework"),
     "harness": ("PluginHarness", "hooks_module"),
     "kernels": ("KernelConformance",),
+    "modes": ("ModeCase", "ModeConformance"),
     "module_cases": ("ModuleCase",),
     "modules": ("ModuleConformance",),
     "pickles": ("no_pickle",),

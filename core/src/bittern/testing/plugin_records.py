@@ -127,8 +127,9 @@ class PluginRecords(Conformance):
         self._need_framework()
         arguments = {
             ("register_algorithms", "run"): ("model", "plan", "forward", "context"),
-            ("register_modes", "convert"): ("model", "config"),
-            ("register_modes", "restore"): ("model", "config"),
+            ("register_modes", "convert"): ("model", "config", "context"),
+            ("register_modes", "restore"): ("model", "config", "metadata", "context"),
+            ("register_modes", "metadata"): ("model",),
             ("register_exporters", "write"): ("model", "path", "context"),
             ("register_exporters", "verify"): ("path", "record"),
             ("register_exporters", "check"): ("model", "context"),

@@ -30,7 +30,7 @@ IMPORTS = {
     "register_trace_ops": ("flow",),
     "register_formats": ("codec",),
     "register_algorithms": ("run",),
-    "register_modes": ("convert", "restore"),
+    "register_modes": ("convert", "restore", "config", "metadata"),
     "register_exporters": ("write", "verify", "check", "accepts"),
     "register_kernels": ("impl",),
 }
