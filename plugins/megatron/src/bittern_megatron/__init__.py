@@ -1,0 +1,3 @@
+"""Bittern for Megatron-Core."""
+
+__version__ = "0.1.0"

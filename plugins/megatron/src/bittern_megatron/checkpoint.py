@@ -1,0 +1,289 @@
+"""Saves and loads through ``megatron.core.dist_checkpointing``, at any number of ranks.
+
+What Megatron writes holds two files that Python unpickles: ``common.pt``, which is never read here
+(nothing of ours is in it), and ``.metadata``, the index of torch.distributed.checkpoint, which is
+read only after `check_index` has seen that it makes nothing but an index. Tensors are read with
+``weights_only``. No object but a tensor is saved.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.strategies.base import (
+    LoadCommonStrategy,
+    SaveShardedStrategy,
+)
+from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import get_pg_rank
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from bittern.errors import CheckpointError
+from bittern.nn import named_quant_modules
+from bittern.records import CheckpointIO
+from bittern_megatron.adapter import unwrapped
+from bittern_megatron.index import check_index
+from bittern_megatron.linear import ParallelLinear
+from bittern_megatron.state import NAMES, WANTED, Wanted
+
+__all__ = ["FOLDER", "entries_of", "load", "make_io", "save"]
+
+FOLDER = "megatron"
+QUANTIZERS = "bittern.quantizers/"  # how core begins the names of what quantizers found out
+
+
+def make_io(model: nn.Module, path: Path) -> CheckpointIO | None:
+    """Return how a model is saved to ``path``, or restored from it.
+
+    ``None`` if it is none of Megatron's, runs in a process without groups, or core's own
+    safetensors are at ``path``.
+    """
+    inner, _ = unwrapped(model)
+    if inner is None or not dist.is_initialized() or not parallel_state.is_initialized():
+        return None
+    if (path / "manifest.json").is_file() and not (path / FOLDER).is_dir():
+        return None
+    return CheckpointIO(name="megatron", save=save, load=load)
+
+
+def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write the model and what its quantizers found out; every rank calls this.
+
+    Args:
+        model: The model, or what wraps it.
+        tensors: What the quantizers found out on this rank, by name. That of Megatron's parallel
+            layers is taken from the layers, which know how it is split.
+        path: The directory, the same one on all ranks.
+
+    Raises:
+        CheckpointError: The model keeps something that is no tensor.
+    """
+    inner, prefix = unwrapped(model)
+    if inner is None:
+        raise CheckpointError(f"a {type(model).__qualname__} is no model of Megatron-Core")
+    sharded = entries_of(model)
+    parallel = _parallel(inner)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    ranks = (0, parallel_state.get_tensor_model_parallel_rank(), get_pg_rank(group))
+    for name, value in tensors.items():
+        module = _module_of(name).removeprefix(prefix)
+        if not any(module.startswith(path) for path in parallel):
+            sharded[name] = ShardedTensor.from_rank_offsets(name, value, replica_id=ranks)
+    folder = path / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(sharded, str(folder), sharded_strategy=_InThisProcess())
+
+
+def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Fill the weights of a converted model; every rank calls this.
+
+    Args:
+        model: The converted model, or what wraps it.
+        path: What `save` wrote.
+
+    Returns:
+        What the quantizers found out, this rank's slices of it, by the names that `save` got.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or is that of another model.
+    """
+    inner, _ = unwrapped(model)
+    if inner is None:
+        raise CheckpointError(f"a {type(model).__qualname__} is no model of Megatron-Core")
+    folder = path / FOLDER
+    wanted = entries_of(model, folder)
+    try:
+        found = dist_checkpointing.load(wanted, str(folder), common_strategy=_Nothing())
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
+        raise CheckpointError(f"it cannot be loaded: {error}", where=str(folder)) from error
+    names = _names(inner)
+    ours = [key for key in found if key in names or key.startswith(QUANTIZERS)]
+    quantizers = {names.get(key, key): found.pop(key) for key in ours}
+    inner.load_state_dict(found)
+    return quantizers
+
+
+def entries_of(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
+    """Return the sharded state dict of a model, quantizers included.
+
+    Args:
+        model: The model, or what wraps it.
+        folder: A checkpoint of dist_checkpointing to load. The entries are then those of what it
+            holds, also of quantizers that are not calibrated yet, in fresh memory.
+
+    Raises:
+        CheckpointError: The model keeps something that is no tensor, or the checkpoint does not
+            fit it.
+    """
+    inner, _ = unwrapped(model)
+    if inner is None:
+        raise CheckpointError(f"a {type(model).__qualname__} is no model of Megatron-Core")
+    metadata = ensure_metadata_has_dp_cp_group({} if folder is None else {WANTED: True})
+    sharded = inner.sharded_state_dict(metadata=metadata)
+    found = {key: value for key, value in sharded.items() if not _is_empty(key, value)}
+    if folder is None:
+        return found
+    check_index(folder)
+    try:
+        index = dist_checkpointing.load_tensors_metadata(str(folder))
+    except (CheckpointingException, CheckpointException, OSError) as error:
+        raise CheckpointError(f"it cannot be read: {error}", where=str(folder)) from error
+    entries = {key: _to_load(value, index) for key, value in found.items()}
+    entries = {key: value for key, value in entries.items() if value is not None}
+    _check_fit(entries, index, where=str(folder))
+    entries |= {name: replace(index[name]) for name in index if name.startswith(QUANTIZERS)}
+    return entries
+
+
+def _is_empty(key: str, value: object) -> bool:
+    """Whether an entry is an object that holds nothing, as the extra state of local layers.
+
+    Raises:
+        CheckpointError: It holds something, which only a pickle could store.
+    """
+    if not isinstance(value, ShardedObject):
+        return False
+    if value.data is not None:
+        raise CheckpointError(
+            f"it is a {type(value.data).__qualname__}, and only tensors are saved",
+            where=key,
+            hint="save it by Megatron's own means: model.sharded_state_dict() has the quantizers",
+        )
+    return True
+
+
+def _to_load(value: Any, index: Mapping[str, ShardedTensor]) -> ShardedBase | None:
+    """Return an entry with memory of its own: a load that fails leaves the model as it was."""
+    if isinstance(value.data, Wanted):
+        return value.data.found(value.key, index)
+    return replace(value, data=torch.empty_like(value.data, device="cpu"))
+
+
+def _check_fit(
+    entries: Mapping[str, Any], index: Mapping[str, ShardedTensor], *, where: str
+) -> None:
+    problems: list[str] = []
+    for value in entries.values():
+        built = value.build() if isinstance(value, ShardedTensorFactory) else value
+        for item in nested_values([built]):
+            stored = index.get(item.key)
+            if stored is None:
+                problems.append(f"{item.key} is missing")
+            elif tuple(stored.global_shape) != tuple(item.global_shape):
+                here, there = tuple(item.global_shape), tuple(stored.global_shape)
+                problems.append(f"{item.key} is {here} here and {there} there")
+    if problems:
+        raise CheckpointError(
+            f"it is the state of another model: {'; '.join(problems[:3])}",
+            where=where,
+            hint="restore into a model of the same architecture",
+        )
+
+
+def _module_of(name: str) -> str:
+    """Return ``module.slot`` of ``bittern.quantizers/module.slot/amax``, with a final dot."""
+    return name.removeprefix(QUANTIZERS).rpartition("/")[0] + "."
+
+
+def _parallel(inner: nn.Module) -> tuple[str, ...]:
+    """Return where the slots of the parallel layers begin."""
+    return tuple(
+        f"{path}.{slot}." if path else f"{slot}."
+        for path, layer in named_quant_modules(inner)
+        if isinstance(layer, ParallelLinear)
+        for slot in layer.slots()
+    )
+
+
+def _names(inner: nn.Module) -> dict[str, str]:
+    """Return names in state dicts to core's, of all that quantizers of parallel layers may hold."""
+    found: dict[str, str] = {}
+    for path, layer in named_quant_modules(inner):
+        if not isinstance(layer, ParallelLinear):
+            continue
+        prefix = f"{path}." if path else ""
+        for slot, first in layer.slots().items():
+            for depth, _ in enumerate(first.chain()):
+                then = "then." * depth
+                core = f"{QUANTIZERS}{prefix}{slot}{'.then' * depth}"
+                found |= {
+                    f"{prefix}{slot}_quantizer.{then}{name}": f"{core}/{name}" for name in NAMES
+                }
+    return found
+
+
+class _InThisProcess(SaveShardedStrategy):
+    """Writes Megatron's ``torch_dist`` format without helper processes.
+
+    Megatron's own strategy hands tensors to forked writers through queues, copies by CUDA streams,
+    and starts a manager process that imports the main module again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """There are none."""
+        return True
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        """Write the tensors that this rank is the first to hold, and the index."""
+        by_key: dict[str, list[Any]] = defaultdict(list)
+        for item in nested_values(sharded_state_dict):
+            if is_main_replica(item.replica_id):
+                by_key[item.key].append(item)
+        dcp.save(
+            mcore_to_pyt_state_dict(by_key),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+            planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        )
+
+
+class _Nothing(LoadCommonStrategy):
+    """Reads no common.pt, which is a pickle; what is ours is not in it."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_sharded_objects(
+        self, sharded_objects_state_dict: dict[str, Any], checkpoint_dir: str | Path
+    ) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """There are none."""
+        return True
+
+    def check_backend_compatibility(self, loaded_version: object) -> None:
+        """Every version does."""
+
+    def check_version_compatibility(self, loaded_version: object) -> None:
+        """Every version does."""

@@ -1,0 +1,239 @@
+"""One range for what several tensor-parallel ranks hold a slice of.
+
+Core reduces the statistics of activations over all processes, so a range per tensor is that of all
+slices. Weights are measured where they are; here their ranges are made those of the whole weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from bittern.errors import NumericsError, PlanError
+from bittern.nn import TensorQuantizer, named_quant_modules
+from bittern.numerics import Range
+from bittern.records import PerTensor, PerToken, QuantizerSpec
+from bittern.registry import KernelTable
+from bittern_megatron.linear import ParallelLinear
+from bittern_megatron.shards import Shard, is_shared, straddles
+
+__all__ = ["ShardedWeightQuantizer", "share_ranges"]
+
+log = logging.getLogger("bittern.megatron")
+
+
+class ShardedWeightQuantizer(TensorQuantizer):
+    """Quantizes one rank's slice of a weight by the range of the whole weight.
+
+    Args:
+        spec: As for every quantizer.
+        group: The ranks that hold the slices; all of them calibrate at the same time.
+        shared: Whether the scales themselves belong to several ranks, not only a global one.
+        name: ``"module.path.slot"``.
+        tensor: Name of the parameter.
+        kernels: Fast implementations.
+    """
+
+    def __init__(
+        self,
+        spec: QuantizerSpec,
+        *,
+        group: Any,
+        shared: bool,
+        name: str = "",
+        tensor: str | None = None,
+        kernels: KernelTable | None = None,
+    ) -> None:
+        self._open = True  # a given range is everybody's
+        super().__init__(spec, name=name, tensor=tensor, kernels=kernels)
+        self.group = group
+        self.shared = shared
+        if spec.then is not None:
+            self.then = ShardedWeightQuantizer(
+                spec.then,
+                group=group,
+                shared=shared,
+                name=f"{name}.then",
+                tensor=tensor,
+                kernels=kernels,
+            )
+        self._open = False
+
+    def calibrate_on(self, x: Tensor, *, global_amax: Tensor | None = None) -> None:
+        """Take the range of all slices, this rank's being ``x``.
+
+        Raises:
+            NumericsError: A slice holds NaN or Inf; on all ranks.
+        """
+        chained, self.then = self.then, None
+        problem: NumericsError | None = None
+        try:
+            with self._opened():
+                super().calibrate_on(x, global_amax=global_amax)
+        except NumericsError as error:
+            problem = error
+        finally:
+            self.then = chained
+        self._agree(problem, x.device)
+        with torch.no_grad():
+            if self.amax is not None and self.spec.constant_amax is None:
+                whole = None if self.global_amax is None else self._largest(self.global_amax)
+                found = Range(self.amax, self.amin, whole)
+                if self.shared:
+                    lowest = None if self.amin is None else -self._largest(-self.amin)
+                    found = replace(found, amax=self._largest(self.amax), amin=lowest)
+                with self._opened():
+                    self.set_range(found, x.detach().float())
+            if chained is not None:
+                chained.calibrate_on(self._first(x.detach()))
+
+    def set_range(self, values: Range, x: Tensor | None = None) -> None:
+        """Set a range, which only calibration on all ranks together knows.
+
+        Raises:
+            NumericsError: Somebody else sets it, from this rank's slice alone.
+        """
+        if not self._open:
+            raise NumericsError(
+                "several ranks hold slices of this weight, and the algorithm would choose its "
+                "range by one of them",
+                where=self.name or None,
+                hint="use algorithm: max, or quantize with one tensor-parallel rank and load that",
+            )
+        super().set_range(values, x)
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        before, self._open = self._open, True
+        try:
+            yield
+        finally:
+            self._open = before
+
+    def _agree(self, problem: NumericsError | None, device: torch.device) -> None:
+        """Raise on every rank if one met a problem, before they wait for each other."""
+        failed = torch.tensor(float(problem is not None), device=device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
+        if problem is not None:
+            raise problem
+        if bool(failed):
+            raise NumericsError(
+                "the slice of another tensor-parallel rank holds NaN or Inf",
+                where=self.name or None,
+                hint="the checkpoint is damaged; load it again, or skip the module",
+            )
+
+    def _largest(self, value: Tensor) -> Tensor:
+        found = value.detach().clone()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return found
+
+
+def share_ranges(model: nn.Module) -> None:
+    """Make the weight quantizers of sharded layers agree over the ranks.
+
+    Raises:
+        PlanError: A range would be that of one slice where the unsharded model has one of all.
+    """
+    uneven: list[str] = []
+    for path, layer in named_quant_modules(model):
+        if not isinstance(layer, ParallelLinear):
+            continue
+        for slot, quantizer in layer.slots().items():
+            shard = layer.shard(slot)
+            if quantizer.tensor is None:
+                uneven += _check_activation(layer, slot, quantizer, where=path)
+            elif shard is not None and shard.size > 1:
+                _check_weight(layer, quantizer, shard, where=path)
+                _share(layer, slot, quantizer, shard)
+    if uneven:
+        log.warning(
+            "%s and %d more have a scale per token and rank: each rank sees its slice of a token, "
+            "so results depend on the number of tensor-parallel ranks",
+            uneven[0],
+            len(uneven) - 1,
+        )
+
+
+def _share(layer: ParallelLinear, slot: str, quantizer: TensorQuantizer, shard: Shard) -> None:
+    spec = quantizer.spec
+    shared = is_shared(spec.granularity, shard.axis, 2)
+    if spec.dynamic or not (shared or quantizer.codec.two_level or spec.then is not None):
+        return
+    ours = ShardedWeightQuantizer(
+        spec,
+        group=layer.tp_group,
+        shared=shared,
+        name=quantizer.name,
+        tensor=quantizer.tensor,
+        kernels=quantizer.kernels,
+    )
+    layer.add_module(f"{slot}_quantizer", ours.train(layer.training))
+
+
+def _check_weight(
+    layer: ParallelLinear, quantizer: TensorQuantizer, shard: Shard, *, where: str
+) -> None:
+    gated = where.endswith("linear_fc1") and getattr(layer.config, "gated_linear_unit", False)
+    shard = replace(shard, parts=2) if gated else shard
+    for link in quantizer.chain():
+        spec = link.spec
+        if straddles(spec, tuple(layer.weight.shape), shard):
+            raise PlanError(
+                f"a slice of its weight, {tuple(layer.weight.shape)} on this rank, is no whole "
+                f"number of {spec.granularity}",
+                where=f"{where}.weight",
+                hint="use smaller groups, or fewer tensor-parallel ranks",
+            )
+        _check_transforms(spec, split=shard.axis == 1, where=f"{where}.weight")
+        if spec.dynamic and is_shared(spec.granularity, shard.axis, 2):
+            raise _one_slice(f"{where}.weight")
+
+
+def _check_activation(
+    layer: ParallelLinear, slot: str, quantizer: TensorQuantizer, *, where: str
+) -> list[str]:
+    """Return the name of the slot if its scales depend on the number of ranks."""
+    shard = layer.shard(slot)
+    split = shard is not None and shard.size > 1
+    tokens = bool(layer.sequence_parallel)  # every rank has some of the tokens
+    for link in quantizer.chain():
+        spec = link.spec
+        _check_transforms(spec, split=split, where=f"{where}.{slot}")
+        if spec.dynamic and isinstance(spec.granularity, PerTensor) and (split or tokens):
+            raise _one_slice(f"{where}.{slot}")
+        if not spec.dynamic and split and not isinstance(spec.granularity, PerTensor):
+            if quantizer.block_dynamic:
+                continue
+            raise PlanError(
+                "a static range per channel is not yet calibrated over tensor-parallel ranks",
+                where=f"{where}.{slot}",
+                hint="use granularity: tensor",
+            )
+        if spec.dynamic and split and isinstance(spec.granularity, PerToken):
+            return [f"{where}.{slot}"]
+    return []
+
+
+def _check_transforms(spec: QuantizerSpec, *, split: bool, where: str) -> None:
+    if split and (spec.rotation is not None or spec.affine is not None):
+        raise PlanError(
+            "a rotation or bias would run along features that several ranks hold slices of",
+            where=where,
+            hint="leave rotate and affine out, or use one tensor-parallel rank",
+        )
+
+
+def _one_slice(where: str) -> PlanError:
+    return PlanError(
+        "a dynamic range per tensor would be that of one rank's slice",
+        where=where,
+        hint="make it static, or use granularity: token",
+    )
