@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from bittern.errors import NumericsError
-from bittern.nn.experts import Experts
+from bittern.nn.checked import checked_range
+from bittern.nn.experts import Experts, per_row, scales_per_row
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import Observer
+from bittern.nn.rounding import round_to_format
+from bittern.nn.tracking import Tracker
 from bittern.nn.transforms import Transforms, keep_dtype
 from bittern.nn.weightcache import WeightCache
 from bittern.numerics import (
     Range,
     Scales,
     codec_of,
-    fake_quantize,
     measure,
     scales_for,
 )
-from bittern.numerics.autograd import learned_range, straight_through
+from bittern.numerics.autograd import is_learnable, learned_range, straight_through
 from bittern.records import PerTensor, PerToken, QuantizerSpec
 from bittern.registry import KernelTable
 
@@ -31,6 +33,7 @@ __all__ = ["TensorQuantizer"]
 
 # What calibration finds out; none of it is part of a model's state_dict.
 BUFFERS = ("amax", "amin", "global_amax", "scale", "zero_point", "global_scale")
+LEARNED = "learned"  # in `state`, of a range that is a parameter
 
 
 class TensorQuantizer(nn.Module):
@@ -57,6 +60,7 @@ class TensorQuantizer(nn.Module):
         folded: Whether the weight holds the result of all it does already, for a while: then it
             does nothing.
         observer: Collects statistics while calibration runs.
+        tracker: Collects statistics of the tensors it quantizes in training.
         amax: Largest magnitude that is represented, float32, in the granularity's shape; one per
             expert for a stacked activation.
         amin: Smallest value that is represented, in asymmetric formats.
@@ -94,6 +98,7 @@ class TensorQuantizer(nn.Module):
         self.enabled = True
         self.folded = False
         self.observer: Observer | None = None
+        self.tracker: Tracker | None = None
         self.codec = codec_of(spec.format)  # what does not resolve fails here, not in a forward
         for buffer in BUFFERS:
             self.register_buffer(buffer, None, persistent=False)
@@ -128,10 +133,15 @@ class TensorQuantizer(nn.Module):
     @property
     def scales(self) -> Scales | None:
         """The static scales; ``None`` for dynamic quantizers and before calibration."""
-        learned = self._parameters.get("amax")
+        learned = self.learned
         if learned is not None:  # no step of training tells us, so they are derived when asked for
-            return scales_for(Range(learned.detach().abs()), self.spec)
+            return scales_for(Range(self._in_shape(learned.detach().abs())), self.spec)
         return self._scales
+
+    @property
+    def learned(self) -> nn.Parameter | None:
+        """The range as a parameter, if training learns it; of one dimension where it has none."""
+        return self._parameters.get("amax")
 
     @property
     def extremes(self) -> Extremes:
@@ -145,6 +155,8 @@ class TensorQuantizer(nn.Module):
         """The static range; ``None`` before calibration."""
         if self.block_dynamic:
             return None if self.global_amax is None else Range(self.global_amax)
+        if self.learned is not None:
+            return Range(self._in_shape(self.learned.detach().abs()))
         return None if self.amax is None else Range(self.amax, self.amin, self.global_amax)
 
     def chain(self) -> Iterator[TensorQuantizer]:
@@ -167,33 +179,21 @@ class TensorQuantizer(nn.Module):
         """
         self.set_range(Range(value))
 
-    def set_range(self, values: Range, x: Tensor | None = None) -> None:
+    def set_range(self, values: Range, x: Tensor | None = None, *, check: bool = True) -> None:
         """Set the range and derive the scales from it.
 
         Args:
             values: The range.
             x: The tensor it is the range of, for formats that choose scales by rounding errors.
+            check: Whether to look at the numbers, which waits for the device.
 
         Raises:
             NumericsError: A bound is NaN, Inf or has the wrong sign, or one is missing.
         """
-        amax = self._checked(values.amax, "amax must be finite and not negative")
-        amin = values.amin
-        if amin is not None and not self.codec.signed:
-            if bool((amin < 0).any()):
-                raise NumericsError(
-                    f"{self.spec.format.name} holds no negative numbers, and the data does",
-                    where=self.name or None,
-                    hint="use a signed format, or an asymmetric one",
-                )
-            amin = None
-        if amin is not None:
-            amin = -self._checked(-amin, "amin must be finite and not positive")
-        whole = values.global_amax
-        if whole is not None:
-            whole = self._checked(whole, "global_amax must be finite and not negative")
+        found = checked_range(values, self.spec, where=self.name or None, check=check)
+        amax, amin, whole = found.amax, found.amin, found.global_amax
         self.clear_cache()
-        if isinstance(self._parameters.get("amax"), nn.Parameter):
+        if self.learned is not None:
             del self._parameters["amax"]
             self.register_buffer("amax", None, persistent=False)
         if self.spec.dynamic:  # an algorithm may look; it changes nothing
@@ -203,15 +203,24 @@ class TensorQuantizer(nn.Module):
             self.global_scale = self.codec.global_scale(self.global_amax)
         else:
             self.amax, self.amin, self.global_amax = amax, amin, whole
-            self._set_scales(scales_for(Range(amax, amin, whole), self.spec, x))
+            self._set_scales(scales_for(found, self.spec, x))
         self._ready = True
 
-    def calibrate_on(self, x: Tensor, *, global_amax: Tensor | None = None) -> None:
+    def calibrate_on(
+        self,
+        x: Tensor,
+        *,
+        global_amax: Tensor | None = None,
+        clip: Tensor | None = None,
+        check: bool = True,
+    ) -> None:
         """Take the range of ``x`` itself, as weights do, and that of its result down the chain.
 
         Args:
             x: The tensor.
             global_amax: That of all tensors that share a global scale, in formats of two levels.
+            clip: The share of the range that is represented, in the granularity's shape.
+            check: As for `set_range`.
 
         Raises:
             NumericsError: ``x`` holds NaN or Inf, or has too few dimensions.
@@ -225,9 +234,12 @@ class TensorQuantizer(nn.Module):
                 values = measure(source, self.spec)
                 if global_amax is not None:
                     values = dataclasses.replace(values, global_amax=global_amax)
-                self.set_range(values, source)
+                if clip is not None:
+                    low = None if values.amin is None else values.amin * clip
+                    values = dataclasses.replace(values, amax=values.amax * clip, amin=low)
+                self.set_range(values, source, check=check)
             if self.then is not None:
-                self.then.calibrate_on(self._first(x))
+                self.then.calibrate_on(self._first(x), check=check)
 
     def observe(self, x: Tensor, experts: Experts | None = None) -> None:
         """Show a tensor to the observer, as it will be rounded."""
@@ -240,27 +252,37 @@ class TensorQuantizer(nn.Module):
             raise self._named(error) from None
 
     def learn(self) -> nn.Parameter:
-        """Turn the range into a parameter that training learns, and return it.
+        """Turn the range into a parameter that training learns (`learned`), and return it.
 
         Raises:
-            NumericsError: The quantizer is dynamic, not calibrated, asymmetric, of two levels, or
-                one per expert.
+            NumericsError: The quantizer is dynamic, not calibrated, or one per expert; or its range
+                has no gradient: the format is asymmetric, or its scales are rounded themselves.
         """
-        if self.amax is None or self.spec.dynamic or self.per_expert:
-            problem = "only a calibrated static range can be learned"
-        elif self.codec.asymmetric or self.codec.two_level or self.codec.fitted:
-            problem = f"ranges of {self.spec.format.name} cannot be learned"
-        else:
-            self.clear_cache()
-            value = self.amax.detach()
-            if not isinstance(self.amax, nn.Parameter):
-                del self._buffers["amax"]
-                self.amax = nn.Parameter(value.clone())
-            self._scales = None
-            found = self.amax
-            assert isinstance(found, nn.Parameter)
-            return found
-        raise NumericsError(problem, where=self.name or None, hint="calibrate it first, with max")
+        where = self.name or None
+        known = self.amax is not None or self.block_dynamic
+        if not known or self.spec.dynamic or self.per_expert:
+            raise NumericsError(
+                "only a calibrated static range can be learned, and none of experts",
+                where=where,
+                hint="calibrate it first, with max",
+            )
+        if not is_learnable(self.spec):
+            raise NumericsError(
+                f"ranges of {self.spec.format.name} cannot be learned: rounding to its scales has "
+                "no slope",
+                where=where,
+                hint="let them follow the weights, or the mean of the activations (ema)",
+            )
+        self.clear_cache()
+        if self.learned is None:
+            assert self.amax is not None
+            value = self.amax.detach().clone()
+            del self._buffers["amax"]
+            self.amax = nn.Parameter(value if value.dim() else value[None])  # FSDP2 shards no ()
+        self._scales = None
+        found = self.learned
+        assert found is not None
+        return found
 
     def clear_cache(self) -> None:
         """Forget the quantized copy of a frozen weight."""
@@ -274,18 +296,26 @@ class TensorQuantizer(nn.Module):
         found = {name: value for name in BUFFERS if (value := getattr(self, name)) is not None}
         if (scales := self.scales) is not None:
             found["scale"] = scales.scale
+        if self.learned is not None:
+            found["amax"] = self._in_shape(self.learned)
+            found[LEARNED] = torch.ones((), dtype=torch.bool, device=self.learned.device)
         if self.transforms is not None:
             found |= {f"transforms.{name}": v for name, v in self.transforms.state().items()}
         return {name: value.detach() for name, value in found.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take what `state` returned.
+        """Take what `state` returned; a range that was learned is a parameter again.
 
         Raises:
             NumericsError: A name is unknown.
         """
         self.clear_cache()
+        if self.learned is not None:
+            del self._parameters["amax"]
+            self.register_buffer("amax", None, persistent=False)
         for name, value in state.items():
+            if name == LEARNED:
+                continue
             if name in BUFFERS:
                 setattr(self, name, value.detach().clone())
             elif name.startswith("transforms."):
@@ -295,6 +325,8 @@ class TensorQuantizer(nn.Module):
         if self.scale is not None:
             self._set_scales(Scales(self.scale, self.zero_point, self.global_scale))
         self._ready = self.spec.dynamic or self.scale is not None or self.global_scale is not None
+        if LEARNED in state:
+            self.learn()
 
     def set_pre_scale(self, value: Tensor | None) -> None:
         """Multiply tensors by ``value`` before anything else, also while disabled.
@@ -367,10 +399,12 @@ class TensorQuantizer(nn.Module):
             raise self._named(error) from None
 
     def _round(self, x: Tensor, experts: Experts | None) -> Tensor:
-        training = torch.is_grad_enabled() and (x.requires_grad or "amax" in self._parameters)
-        if "amax" in self._parameters:
-            assert self.amax is not None
-            return learned_range(x, self.amax, self.spec)
+        if self.tracker is not None and self.training:
+            self.tracker(x, experts if self.per_expert else None)
+        learned = self.learned
+        if learned is not None:
+            return learned_range(x, self._in_shape(learned), self.spec)
+        training = torch.is_grad_enabled() and x.requires_grad
         spec, scales, whole = self.spec, self._scales, None
         if self.block_dynamic:
             whole = self.global_scale
@@ -380,52 +414,24 @@ class TensorQuantizer(nn.Module):
                     "its ranges are one per expert, and nobody said whose rows these are",
                     hint="call quantize(slot, x, experts=Experts(index, count))",
                 )
-            spec, scales, whole = self._rows(x, experts)
+            if whole is not None:
+                whole = per_row(whole, experts, x)
+            elif scales is not None:
+                spec, scales = self._row_spec, scales_per_row(scales, experts, x)
+        kernels = self.kernels
         if not training:
-            return self._apply_format(x, spec, scales, whole)
+            return round_to_format(x, spec, scales, whole, kernels=kernels)
         clip = None
         if scales is not None and not spec.format.block_only and self.amax is not None:
             amax = self.amax
             if self.per_expert and experts is not None:
-                amax = _per_row(amax, experts.index, x)
+                amax = per_row(amax, experts, x)
             clip = Range(amax, self.amin)
-        return straight_through(
-            x, clip, spec.granularity, lambda t: self._apply_format(t, spec, scales, whole)
-        )
 
-    def _rows(
-        self, x: Tensor, experts: Experts
-    ) -> tuple[QuantizerSpec, Scales | None, Tensor | None]:
-        """Return spec and scales of rows that belong to experts."""
-        if self.block_dynamic:
-            assert self.global_scale is not None
-            return self.spec, None, _per_row(self.global_scale, experts.index, x)
-        assert self.scale is not None
-        zero = self.zero_point
-        return (
-            self._row_spec,
-            Scales(
-                _per_row(self.scale, experts.index, x),
-                None if zero is None else _per_row(zero, experts.index, x),
-            ),
-            None,
-        )
+        def rounded(t: Tensor) -> Tensor:
+            return round_to_format(t, spec, scales, whole, kernels=kernels)
 
-    def _apply_format(
-        self, x: Tensor, spec: QuantizerSpec, scales: Scales | None, whole: Tensor | None
-    ) -> Tensor:
-        # torch.compile gets the reference: it fuses that itself, and looks into no kernel
-        kernels = self.kernels
-        if spec.backend is not None or (kernels is not None and not torch.compiler.is_compiling()):
-            kernel = (kernels or KernelTable()).find(
-                "fake_quantize", spec.format.name, x.device, x.dtype, backend=spec.backend
-            )
-            if kernel is not None:
-                more = {} if whole is None else {"global_scale": whole}
-                result: Tensor | None = kernel(x, spec, scales, **more)
-                if result is not None:  # None: not for this shape
-                    return result
-        return fake_quantize(x, spec, scales, global_scale=whole)
+        return straight_through(x, clip, spec.granularity, rounded)
 
     # --- helpers ---
 
@@ -436,7 +442,10 @@ class TensorQuantizer(nn.Module):
         return (self.then.enabled, self.then._changes, *self.then._chain_state())
 
     def _learns(self) -> bool:
-        return any("amax" in link._parameters for link in self.chain())
+        return any(link.learned is not None for link in self.chain())
+
+    def _in_shape(self, learned: Tensor) -> Tensor:
+        return learned.reshape(()) if isinstance(self.spec.granularity, PerTensor) else learned
 
     def _transforms(self) -> Transforms:
         if self.transforms is None:
@@ -450,28 +459,27 @@ class TensorQuantizer(nn.Module):
         self.global_scale = scales.global_scale
         self._scales = scales
 
-    def _checked(self, value: Tensor, problem: str) -> Tensor:
-        value = value.detach().float().clone()
-        if not bool((torch.isfinite(value) & (value >= 0)).all()):
-            raise NumericsError(
-                problem,
-                where=self.name or None,
-                hint="look for NaN or Inf in the weights or the calibration data",
-            )
-        return value
-
     def _named(self, error: NumericsError) -> NumericsError:
         return NumericsError(error.what, where=self.name or error.where, hint=error.hint)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the model, but stay float32: a scale in half precision gives other codes."""
         before = {name: self._buffers.get(name) for name in BUFFERS}
+        wide = None if self.learned is None else self.learned.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         keep_dtype(self, before)
+        if wide is not None and self.learned is not None and self.learned.dtype != wide.dtype:
+            self.learned.data = wide.to(self.learned.device)
         if self._scales is not None and self.scale is not None:
             self._scales = Scales(self.scale, self.zero_point, self.global_scale)
         self.clear_cache()
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Let a model with learned ranges load the ``state_dict`` of one without."""
+        if self.learned is not None and f"{prefix}amax" not in state_dict:
+            state_dict = {**state_dict, f"{prefix}amax": self.learned.detach()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Say format, granularity and state in one line."""
@@ -483,13 +491,6 @@ class TensorQuantizer(nn.Module):
             value = getattr(self, name)
             if value is not None and value.numel() == 1:
                 parts.append(f"{name}={value.item():.4g}")
-        if "amax" in self._parameters:
+        if self.learned is not None:
             parts.append("learned")
         return ", ".join([*parts, state] if state else parts)
-
-
-def _per_row(values: Tensor, index: Tensor, x: Tensor) -> Tensor:
-    """Return the value of every row's expert, shape ``(rows, .., 1)``; one value serves all."""
-    if values.dim():
-        values = values[index].reshape(-1, *([1] * (x.dim() - 1)))
-    return values.expand(*x.shape[:-1], 1)
