@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import bittern as bt
 from bittern.cli.checkpoints import TensorHeader
 
 
@@ -14,7 +15,8 @@ from bittern.cli.checkpoints import TensorHeader
 def exported(toy_bittern, tmp_path, data):
     out = tmp_path / "out"
     args = ("quantize", "toy:x", "-r", "int8", "--data", data(8), "--output", out)
-    assert toy_bittern(*args).code == 0
+    done = toy_bittern(*args)
+    assert done.code == 0, done.err
     return out
 
 
@@ -37,6 +39,39 @@ def test_export_as_json(bittern, exported):
     assert found["bytes_by_dtype"]["I8"] == 8 * 8 + 16 * 8
     assert found["bytes"] == sum(found["bytes_by_dtype"].values())
     assert sum(t["bytes"] for t in found["tensors"]) == found["bytes"]
+
+
+@pytest.fixture
+def state(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(32, 16), torch.nn.Linear(16, 4))
+    bt.quantize(model, "w4a8", [torch.randn(8, 32)])
+    bt.save(model, tmp_path / "state")
+    return tmp_path / "state"
+
+
+def test_saved_state(bittern, state):
+    done = bittern("inspect", state)
+    assert (done.code, done.err) == (0, "")
+    assert "bittern state" in done.out
+    assert "recipe=w4a8, 4 quantizers" in done.out
+    assert "weight: int4/group" in done.out
+
+
+def test_saved_state_as_json(bittern, state):
+    found = bittern("inspect", state, "--json").json
+    assert found["kind"] == "bittern state"
+    assert found["state"]["weights"] is True
+    (mode,) = found["state"]["modes"]
+    assert (mode["name"], mode["quantizers"]) == ("quantize", 4)
+    assert mode["metadata"]["calibration"]["batches"] == 1
+    assert sum(f["count"] for f in found["formats"]) == 2
+
+
+def test_damaged_state(bittern, state):
+    (state / "manifest.json").write_text('{"schema": 3}')
+    done = bittern("inspect", state)
+    assert done.code != 0
+    assert "malformed" in done.err
 
 
 def test_quantized_checkpoint_of_another_tool(bittern, tmp_path):

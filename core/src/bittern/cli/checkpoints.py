@@ -1,6 +1,6 @@
-"""Reads what a directory holds: bittern.json, config.json, the headers of safetensors files.
+"""Reads what a directory holds: JSON files, and the headers of safetensors files.
 
-No tensor is loaded, and torch only where there is a bittern.json.
+No tensor is loaded, and torch only where there is a bittern.json or a manifest.json.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bittern.cli.states import modules_of_state, state_of
 from bittern.errors import ModelError
 from bittern.report.blocks import collapse
 
 __all__ = ["TensorHeader", "describe"]
 
-EXPORT, QUANTIZED, PLAIN = "bittern export", "quantized checkpoint", "plain model"
+STATE, EXPORT = "bittern state", "bittern export"
+QUANTIZED, PLAIN = "quantized checkpoint", "plain model"
 PICKLED = (".bin", ".pt", ".pth")
 
 
@@ -59,16 +61,22 @@ def describe(path: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config") if config is not None else None
     quantization = quantization if isinstance(quantization, dict) else None
     export = _export(path)
+    state = state_of(path)
     files = sorted(f for f in path.rglob("*.safetensors") if f.is_file())
     headers = [header for file in files for header in _headers(file)]
     pickled = sorted(f.name for f in path.iterdir() if f.suffix in PICKLED)
-    if config is None and export is None and not files:
+    if config is None and export is None and state is None and not files:
         raise ModelError(
             "this directory holds no model",
             where=str(path),
-            hint="look for one with config.json, bittern.json or *.safetensors",
+            hint="look for one with config.json, manifest.json, bittern.json or *.safetensors",
         )
-    kind = EXPORT if export is not None else QUANTIZED if quantization is not None else PLAIN
+    formats = _scaled_weights(headers)
+    kind = QUANTIZED if quantization is not None else PLAIN
+    if export is not None:
+        kind, formats = EXPORT, export[1]
+    elif state is not None:
+        kind, formats = STATE, _formats(modules_of_state(path))
     sizes: Counter[str] = Counter()
     for header in headers:
         sizes[header.dtype] += header.bytes
@@ -76,9 +84,10 @@ def describe(path: Path) -> dict[str, Any]:
         "path": str(path),
         "kind": kind,
         "bittern": export[0] if export is not None else None,
+        "state": state,
         "model": _model(config),
         "quantization": _quantization(quantization),
-        "formats": export[1] if export is not None else _scaled_weights(headers),
+        "formats": formats,
         "tensors": _grouped(headers),
         "bytes_by_dtype": dict(sizes.most_common()),
         "bytes": sum(sizes.values()),

@@ -26,8 +26,9 @@ Example:
 def inspect(app: App, *, directory: Path) -> None:
     """Say what a directory holds.
 
-    DIR is an export of bittern, a quantized checkpoint of another tool, or a plain model. Shows
-    the recipe, the formats by module, and the bytes by dtype; no tensor is loaded.
+    DIR is an export or a saved state of bittern, a quantized checkpoint of another tool, or a
+    plain model. Shows the recipe, what was done to the model, the formats by module, and the bytes
+    by dtype; no tensor is loaded.
     """
     from bittern.cli.checkpoints import describe
 
@@ -61,6 +62,8 @@ def _show_summary(app: App, found: dict[str, Any]) -> None:
         if bittern["probe_perplexity"] is not None:
             text = f"{bittern['probe_perplexity']:.4f} on {bittern['probe_rows']} rows"
             rows.append(("probe perplexity", text))
+    if found["state"] is not None:
+        rows += _state_rows(found["state"])
     for key, value in (found["model"] or {}).items():
         rows.append((key, ", ".join(map(str, value)) if isinstance(value, list) else value))
     if quantization is not None:
@@ -74,6 +77,23 @@ def _show_summary(app: App, found: dict[str, Any]) -> None:
     if found["pickled"]:
         rows.append(("not read", f"{', '.join(found['pickled'])} (pickle)"))
     _table(app, None, ("", ""), rows)
+
+
+def _state_rows(state: dict[str, Any]) -> list[tuple[str, Any]]:
+    content = "weights and quantizers" if state["weights"] else "quantizers only, no weights"
+    rows = [("state", f"schema {state['schema']}, written by bittern {state['version']}")]
+    rows.append(("holds", f"{content}, written by {state['tensors']}"))
+    for mode in state["modes"]:
+        options = ", ".join(f"{key}={value}" for key, value in mode["config"].items() if value)
+        count = f", {mode['quantizers']} quantizers" if mode["quantizers"] else ""
+        rows.append((f"mode {mode['name']}", f"{options or 'no options'}{count}"))
+        calibration = mode["metadata"].get("calibration")
+        if isinstance(calibration, dict) and calibration.get("batches"):
+            data = calibration.get("data") or "data of a function"
+            rows.append(("  calibrated", f"{calibration['batches']} batches, {data}"))
+    if state["plugins"]:
+        rows.append(("needs", ", ".join(f"{n} {v}" for n, v in state["plugins"].items())))
+    return rows
 
 
 def _show_tensors(app: App, found: dict[str, Any]) -> None:
