@@ -218,6 +218,7 @@ class Toolkit:
     ) -> CalibrationSummary:
         """Run the plan's algorithms."""
         from bittern.calibration import run_calibration
+        from bittern.convert import amend_mode
         from bittern.errors import PluginError
         from bittern.runtime import SILENT
 
@@ -230,7 +231,7 @@ class Toolkit:
                 )
             return count
 
-        return run_calibration(
+        summary = run_calibration(
             model,
             plan,
             data,
@@ -241,6 +242,9 @@ class Toolkit:
             trace=lambda args, kwargs: self._trace(model, args, kwargs),
             progress=progress if progress is not None else SILENT,
         )
+        seen = {"batches": summary.batches, "data": summary.data}
+        amend_mode(model, "quantize", metadata={"calibration": seen})
+        return summary
 
     def _trace(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
         from bittern.nn import quantizers_off
@@ -265,8 +269,7 @@ class Toolkit:
         """Plan, convert and calibrate; on an error the model is what it was."""
         from dataclasses import asdict
 
-        from bittern.convert import push_mode, remember
-        from bittern.modes.quantize import applied
+        from bittern.convert import amend_mode, remember
         from bittern.records import Plan
         from bittern.report import Report, Result
 
@@ -279,8 +282,8 @@ class Toolkit:
         try:
             self.convert(model, plan)
             summary = self.calibrate(model, plan, batches, progress=progress)
-            said = None if config is None else asdict(config)
-            push_mode(model, applied(plan, summary, overrides=overrides, data=said))
+            said = {} if config is None else {"data": asdict(config)}
+            amend_mode(model, "quantize", config={"overrides": list(overrides)}, metadata=said)
         except BaseException:
             undo()
             raise

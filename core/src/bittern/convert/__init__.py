@@ -3,10 +3,11 @@
 from bittern.convert.apply import convert, plan_of, revert
 from bittern.convert.names import LiveNames, plain_name
 from bittern.convert.snapshot import remember
-from bittern.convert.stack import carrier, drop_modes, modes_of, push_mode
+from bittern.convert.stack import amend_mode, carrier, drop_modes, modes_of, push_mode
 
 __all__ = [
     "LiveNames",
+    "amend_mode",
     "carrier",
     "convert",
     "drop_modes",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from bittern.convert.signatures import check_forward
-from bittern.convert.stack import PLAN, carrier, drop_modes
+from bittern.convert.stack import PLAN, carrier, drop_modes, push_mode
 from bittern.errors import PlanError
 from bittern.nn import (
     QuantModule,
@@ -18,7 +18,7 @@ from bittern.nn import (
 )
 from bittern.nn.computed import check_unchanged
 from bittern.nn.module import SUFFIX, swap_class
-from bittern.records import Plan
+from bittern.records import AppliedMode, Plan
 from bittern.registry import ANY, Registry, resolve, target_of
 
 __all__ = ["convert", "plan_of", "revert"]
@@ -83,6 +83,11 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
         }
         swap_class(modules[path], classes[path], quantizers)
     vars(model)[PLAN] = plan
+    push_mode(
+        model,
+        AppliedMode(name="quantize", plugin="bittern", config={"recipe": plan.recipe}),
+        exclusive=True,
+    )
 
 
 def _check_free(module: nn.Module, slots: Iterable[str], *, where: str) -> None:

@@ -6,6 +6,8 @@ wrapper by now, or a copy; whoever asks is given the stack of the one module tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +16,16 @@ from bittern.convert.names import plain_name
 from bittern.errors import PlanError
 from bittern.records import AppliedMode
 
-__all__ = ["CONVERSIONS", "PLAN", "STACK", "carrier", "drop_modes", "modes_of", "push_mode"]
+__all__ = [
+    "CONVERSIONS",
+    "PLAN",
+    "STACK",
+    "amend_mode",
+    "carrier",
+    "drop_modes",
+    "modes_of",
+    "push_mode",
+]
 
 STACK = "_bittern_modes"
 PLAN = "_bittern_plan"
@@ -68,6 +79,35 @@ def push_mode(model: nn.Module, applied: AppliedMode, *, exclusive: bool = False
     home = model if found is None else found[1]
     kept = [m for m in modes_of(model) if not (exclusive and m.name == applied.name)]
     _set(home, (*kept, applied))
+
+
+def amend_mode(
+    model: nn.Module,
+    name: str,
+    *,
+    config: Mapping[str, object] | None = None,
+    metadata: Mapping[str, object] | None = None,
+) -> None:
+    """Add to what the latest mode of a name says about itself; without one, do nothing.
+
+    Args:
+        model: The model.
+        name: The mode's name.
+        config: Further options.
+        metadata: Further metadata.
+    """
+    stack = list(modes_of(model))
+    found = carrier(model)
+    for index in reversed(range(len(stack))):
+        if stack[index].name == name and found is not None:
+            old = stack[index]
+            stack[index] = replace(
+                old,
+                config={**old.config, **(config or {})},
+                metadata={**old.metadata, **(metadata or {})},
+            )
+            _set(found[1], tuple(stack))
+            return
 
 
 def drop_modes(model: nn.Module, names: frozenset[str] = CONVERSIONS) -> None:

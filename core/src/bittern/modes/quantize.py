@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bittern.convert import LiveNames, plain_name, plan_of
+from bittern.convert import LiveNames, modes_of, plain_name, plan_of
 from bittern.errors import BitternError, CheckpointError
 from bittern.modes.context import ModeContext
 from bittern.nn import original_class
 from bittern.nn.computed import weight_of
 from bittern.planning import slots_of
 from bittern.planning.plain import spec_from, spec_to
-from bittern.records import AppliedMode, CalibrationSummary, Plan, PlanEntry
+from bittern.records import Plan, PlanEntry
 from bittern.registry import Match
 from bittern.registry.targets import bound
 
-__all__ = ["QuantizeConfig", "applied", "convert", "metadata", "restore"]
+__all__ = ["QuantizeConfig", "convert", "metadata", "restore"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,46 +40,14 @@ class QuantizeConfig:
             object.__setattr__(self, "recipe", str(self.recipe))
 
 
-def convert(model: nn.Module, config: QuantizeConfig, context: ModeContext) -> dict[str, Any]:
+def convert(model: nn.Module, config: QuantizeConfig, context: ModeContext) -> dict[str, object]:
     """Quantize a model in place."""
     steps = context.toolkit
     plan = steps.plan(model, config.recipe, overrides=tuple(config.overrides))
     steps.convert(model, plan)
-    summary = steps.calibrate(model, plan, context.data, progress=context.progress)
-    return describe_calibration(summary, context.data_config)
-
-
-def describe_calibration(
-    summary: CalibrationSummary, data: Mapping[str, object] | None
-) -> dict[str, Any]:
-    """Return what the manifest says about the calibration."""
-    found: dict[str, Any] = {"batches": summary.batches, "data": summary.data}
-    if data is not None:
-        found["config"] = dict(data)
-    return {"calibration": found}
-
-
-def applied(
-    plan: Plan,
-    summary: CalibrationSummary,
-    *,
-    overrides: Sequence[str] = (),
-    data: Mapping[str, object] | None = None,
-) -> AppliedMode:
-    """Return the mode of a model that was quantized by a plan.
-
-    Args:
-        plan: The plan.
-        summary: What calibration saw.
-        overrides: ``"dotted.path=value"`` on top of the recipe.
-        data: How a path was read, as plain data.
-    """
-    return AppliedMode(
-        name="quantize",
-        plugin="bittern",
-        config={"recipe": plan.recipe, "overrides": list(overrides)},
-        metadata=describe_calibration(summary, data),
-    )
+    steps.calibrate(model, plan, context.data, progress=context.progress)
+    found = modes_of(model)[-1].metadata
+    return {**found} if context.data_config is None else {**found, "data": context.data_config}
 
 
 def metadata(model: nn.Module) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class ModeCase:
     """One mode as a user would apply it.
 
     Attributes:
-        name: The mode's name, and the test id.
+        name: The test id, and the mode's name.
+        mode: The mode's name, where the case is called something else.
         options: Its options.
         make: Makes a model in eval mode, each time the same architecture; the weights differ with
             the seed of torch's generator.
@@ -47,6 +48,7 @@ class ModeCase:
 
     name: str
     _: KW_ONLY
+    mode: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     make: Callable[[], nn.Module] = lambda: nn.Sequential(
         nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)
@@ -57,6 +59,11 @@ class ModeCase:
     data: Callable[[], Any] | None = None
     before: Sequence[tuple[str, Mapping[str, Any]]] = ()
     quantizable: bool = True
+
+    @property
+    def target(self) -> str:
+        """Name of the mode."""
+        return self.mode or self.name
 
     def model(self, *, seed: int = 0) -> nn.Module:
         """Return a fresh model."""
@@ -88,7 +95,7 @@ class ModeConformance(Conformance):
         """Protects users from a change of their model that nothing tells of."""
         model = self._applied(case)
         found = modes_of(model)[-1]
-        check(found.name == case.name, f"the stack ends with {found.name!r}")
+        check(found.name == case.target, f"the stack ends with {found.name!r}")
 
     def test_the_stack_survives_a_copy(self, case: ModeCase) -> None:
         """Protects users who keep a copy, as an average of weights does."""
@@ -102,7 +109,7 @@ class ModeConformance(Conformance):
         model = self._prepared(case)
         expected = case.output(model)
         with pytest.raises(PlanError, match="no_such_option"):
-            self._apply(model, case.name, {**case.options, "no_such_option": 1}, case)
+            self._apply(model, case.target, {**case.options, "no_such_option": 1}, case)
         assert_bit_identical(expected, case.output(model), what="output after the error")
 
     def test_restore_makes_the_same_model(self, case: ModeCase, tmp_path: Path) -> None:
@@ -140,7 +147,7 @@ class ModeConformance(Conformance):
 
     def test_it_stacks_with_quantization(self, case: ModeCase, tmp_path: Path) -> None:
         """Protects users who quantize what the mode made."""
-        mode = self.toolkit().registry.modes.get(case.name)
+        mode = self.toolkit().registry.modes.get(case.target)
         follows = mode.next_modes
         if not case.quantizable or (follows is not None and "quantize" not in follows):
             pytest.skip("the case, or the mode, says that quantization does not follow")
@@ -169,7 +176,7 @@ class ModeConformance(Conformance):
 
     def _applied(self, case: ModeCase) -> nn.Module:
         model = self._prepared(case)
-        self._apply(model, case.name, case.options, case)
+        self._apply(model, case.target, case.options, case)
         return model
 
 
