@@ -16,6 +16,7 @@ __all__ = [
     "PluginError",
     "RecipeError",
     "TraceError",
+    "TrainingError",
     "VerificationError",
 ]
 
@@ -85,6 +86,10 @@ class TraceError(BitternError):
 
 class CalibrationError(BitternError):
     """Calibration met NaN or Inf, or left a quantizer without statistics."""
+
+
+class TrainingError(BitternError):
+    """A quantized model cannot be trained as it was asked for."""
 
 
 class CheckpointError(BitternError):

@@ -13,7 +13,7 @@ from bittern.nn.experts import Experts
 from bittern.nn.extremes import Extremes
 from bittern.nn.transforms import keep_dtype
 
-__all__ = ["Tracker"]
+__all__ = ["NOTHING", "Tracker"]
 
 NOTHING = -1.0
 
