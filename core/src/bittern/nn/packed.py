@@ -119,7 +119,7 @@ class PackedWeight(Tensor):
         args, kwargs = tree_map_only(PackedWeight, _dense, (args, kwargs))
         return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         shape, dtype = tuple(self.shape), self.dtype
         return f"PackedWeight({self.spec}, shape={shape}, dtype={dtype}, device={self.device})"
 

@@ -14,17 +14,12 @@ from bittern.nn.checked import checked_range
 from bittern.nn.experts import Experts, per_row, scales_per_row
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import Observer
+from bittern.nn.packed import PackedWeight
 from bittern.nn.rounding import round_to_format
 from bittern.nn.tracking import Tracker
 from bittern.nn.transforms import Transforms, keep_dtype
 from bittern.nn.weightcache import WeightCache
-from bittern.numerics import (
-    Range,
-    Scales,
-    codec_of,
-    measure,
-    scales_for,
-)
+from bittern.numerics import Range, Scales, codec_of, measure, scales_for
 from bittern.numerics.autograd import is_learnable, learned_range, straight_through
 from bittern.records import PerTensor, PerToken, QuantizerSpec
 from bittern.registry import KernelTable
@@ -57,8 +52,9 @@ class TensorQuantizer(nn.Module):
 
     Attributes:
         enabled: Whether tensors are quantized.
-        folded: Whether the weight holds the result of all it does already, for a while: then it
-            does nothing.
+        folded: Whether the weight holds the result of all it does already: then it does nothing.
+        kept: The numbers of the weight before it was folded, where they are kept.
+        was_trained: Whether the weight required gradients before it was packed.
         observer: Collects statistics while calibration runs.
         tracker: Collects statistics of the tensors it quantizes in training.
         amax: Largest magnitude that is represented, float32, in the granularity's shape; one per
@@ -97,6 +93,8 @@ class TensorQuantizer(nn.Module):
         self.kernels = kernels
         self.enabled = True
         self.folded = False
+        self.kept: Tensor | None = None
+        self.was_trained = False
         self.observer: Observer | None = None
         self.tracker: Tracker | None = None
         self.codec = codec_of(spec.format)  # what does not resolve fails here, not in a forward
@@ -104,18 +102,16 @@ class TensorQuantizer(nn.Module):
             self.register_buffer(buffer, None, persistent=False)
         needed = spec.rotation is not None or spec.affine is not None
         self.transforms = Transforms(spec.rotation, spec.affine) if needed else None
-        chained = spec.then
+        then = spec.then
         self.then = None
-        if chained is not None:
-            self.then = TensorQuantizer(
-                chained, name=f"{name}.then", tensor=tensor, kernels=kernels
-            )
+        if then is not None:
+            self.then = TensorQuantizer(then, name=f"{name}.then", tensor=tensor, kernels=kernels)
         # Attributes of the object itself: looking up a buffer or a child costs ten times as much.
         self._scales: Scales | None = None
         self._ready = spec.dynamic
         self._cache: WeightCache | None = None
         self._changes = 0
-        self._simple = self.transforms is None and chained is None
+        self._simple = self.transforms is None and then is None
         static = tensor is None and not spec.dynamic
         self.block_dynamic = self.codec.two_level and static
         self.per_expert = spec.stacked and static
@@ -133,9 +129,10 @@ class TensorQuantizer(nn.Module):
     @property
     def scales(self) -> Scales | None:
         """The static scales; ``None`` for dynamic quantizers and before calibration."""
-        learned = self.learned
-        if learned is not None:  # no step of training tells us, so they are derived when asked for
-            return scales_for(Range(self._in_shape(learned.detach().abs())), self.spec)
+        if (
+            self.learned is not None
+        ):  # no step of training tells us: they are derived when asked for
+            return scales_for(Range(self._in_shape(self.learned.detach().abs())), self.spec)
         return self._scales
 
     @property
@@ -193,17 +190,14 @@ class TensorQuantizer(nn.Module):
         found = checked_range(values, self.spec, where=self.name or None, check=check)
         amax, amin, whole = found.amax, found.amin, found.global_amax
         self.clear_cache()
-        if self.learned is not None:
-            del self._parameters["amax"]
-            self.register_buffer("amax", None, persistent=False)
-        if self.spec.dynamic:  # an algorithm may look; it changes nothing
-            self.amax, self.amin, self.global_amax = amax, amin, whole
-        elif self.block_dynamic:
+        self._unlearn()
+        if self.block_dynamic:
             self.global_amax = amax if whole is None else whole
             self.global_scale = self.codec.global_scale(self.global_amax)
         else:
             self.amax, self.amin, self.global_amax = amax, amin, whole
-            self._set_scales(scales_for(found, self.spec, x))
+            if not self.spec.dynamic:  # else an algorithm may look; it changes nothing
+                self._set_scales(scales_for(found, self.spec, x))
         self._ready = True
 
     def calibrate_on(
@@ -225,6 +219,8 @@ class TensorQuantizer(nn.Module):
         Raises:
             NumericsError: ``x`` holds NaN or Inf, or has too few dimensions.
         """
+        if isinstance(x, PackedWeight):
+            return  # its range is in it
         with torch.no_grad():
             x = x.detach()
             source = x
@@ -284,6 +280,14 @@ class TensorQuantizer(nn.Module):
         assert found is not None
         return found
 
+    def give_up_range(self) -> None:
+        """Forget the range for good: a packed weight holds its scales itself."""
+        self.clear_cache()
+        self._unlearn()
+        for name in BUFFERS:
+            setattr(self, name, None)
+        self._scales, self._ready = None, True
+
     def clear_cache(self) -> None:
         """Forget the quantized copy of a frozen weight."""
         self._cache = None
@@ -310,17 +314,13 @@ class TensorQuantizer(nn.Module):
             NumericsError: A name is unknown.
         """
         self.clear_cache()
-        if self.learned is not None:
-            del self._parameters["amax"]
-            self.register_buffer("amax", None, persistent=False)
+        self._unlearn()
         for name, value in state.items():
-            if name == LEARNED:
-                continue
             if name in BUFFERS:
                 setattr(self, name, value.detach().clone())
             elif name.startswith("transforms."):
                 self._transforms().load(name.removeprefix("transforms."), value)
-            else:
+            elif name != LEARNED:
                 raise NumericsError(f"a quantizer has no state {name!r}", where=self.name or None)
         if self.scale is not None:
             self._set_scales(Scales(self.scale, self.zero_point, self.global_scale))
@@ -361,6 +361,8 @@ class TensorQuantizer(nn.Module):
         """
         if self.folded:
             return x
+        if self.tensor is not None and isinstance(x, PackedWeight):
+            return self._unpacked(x)
         if self.observer is not None:
             self.observe(x, experts)
             return self._passed(x, experts)
@@ -371,7 +373,7 @@ class TensorQuantizer(nn.Module):
             cache = self._cache
             if cache is not None and cache.holds(x, state) and not x.requires_grad:
                 return cache.value
-            if WeightCache.takes(x) and not self._learns():
+            if WeightCache.takes(x) and all(q.learned is None for q in self.chain()):
                 with torch.inference_mode(False), torch.no_grad():  # it may serve training later
                     value = self._all(x, experts)
                 self._cache = WeightCache(x, value, state)
@@ -398,6 +400,10 @@ class TensorQuantizer(nn.Module):
         except NumericsError as error:
             raise self._named(error) from None
 
+    def _unpacked(self, x: PackedWeight) -> Tensor:
+        found = x.dequantize() if self.transforms is None else self.transforms.unpacked(x)
+        return found if self.then is None else self.then(found)
+
     def _round(self, x: Tensor, experts: Experts | None) -> Tensor:
         if self.tracker is not None and self.training:
             self.tracker(x, experts if self.per_expert else None)
@@ -418,9 +424,8 @@ class TensorQuantizer(nn.Module):
                 whole = per_row(whole, experts, x)
             elif scales is not None:
                 spec, scales = self._row_spec, scales_per_row(scales, experts, x)
-        kernels = self.kernels
         if not training:
-            return round_to_format(x, spec, scales, whole, kernels=kernels)
+            return round_to_format(x, spec, scales, whole, kernels=self.kernels)
         clip = None
         if scales is not None and not spec.format.block_only and self.amax is not None:
             amax = self.amax
@@ -429,7 +434,7 @@ class TensorQuantizer(nn.Module):
             clip = Range(amax, self.amin)
 
         def rounded(t: Tensor) -> Tensor:
-            return round_to_format(t, spec, scales, whole, kernels=kernels)
+            return round_to_format(t, spec, scales, whole, kernels=self.kernels)
 
         return straight_through(x, clip, spec.granularity, rounded)
 
@@ -441,8 +446,10 @@ class TensorQuantizer(nn.Module):
             return ()
         return (self.then.enabled, self.then._changes, *self.then._chain_state())
 
-    def _learns(self) -> bool:
-        return any(link.learned is not None for link in self.chain())
+    def _unlearn(self) -> None:
+        if self.learned is not None:
+            del self._parameters["amax"]
+            self.register_buffer("amax", None, persistent=False)
 
     def _in_shape(self, learned: Tensor) -> Tensor:
         return learned.reshape(()) if isinstance(self.spec.granularity, PerTensor) else learned
@@ -483,14 +490,11 @@ class TensorQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """Say format, granularity and state in one line."""
-        state = "observing" if self.observer is not None else ""
-        state = state or ("off" if not self.enabled else "")
-        state = state or ("" if self.calibrated else "not calibrated")
-        parts = [str(self.spec)]
-        for name in ("amin", "amax", "global_amax"):
-            value = getattr(self, name)
-            if value is not None and value.numel() == 1:
-                parts.append(f"{name}={value.item():.4g}")
-        if self.learned is not None:
-            parts.append("learned")
-        return ", ".join([*parts, state] if state else parts)
+        bounds = ((name, getattr(self, name)) for name in ("amin", "amax", "global_amax"))
+        parts = [f"{n}={v.item():.4g}" for n, v in bounds if v is not None and v.numel() == 1]
+        parts += ["learned"] if self.learned is not None else []
+        if self.observer is not None:
+            parts.append("observing")
+        elif not (self.enabled and self.calibrated):
+            parts.append("not calibrated" if self.enabled else "off")
+        return ", ".join([str(self.spec), *parts])

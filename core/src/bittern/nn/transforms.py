@@ -116,6 +116,19 @@ class Transforms(nn.Module):
             wide = rotate(wide, self.rotation, self.matrix)
         return wide.to(x.dtype)
 
+    def unpacked(self, x: Tensor) -> Tensor:
+        """Return what `restore` makes of a packed weight: its codes are of what was prepared."""
+        return self.restore(x.to(torch.float32).dequantize(), self.bias).to(x.dtype)
+
+    def undone(self, x: Tensor) -> Tensor:
+        """Undo `passed`: return a tensor as it was before pre-scale and rotation."""
+        wide = x.float()
+        if self.rotation is not None and not self.rotation.back:
+            wide = rotate(wide, self.rotation, self.matrix, inverse=True)
+        if self.pre_scale is not None:
+            wide = wide / self.pre_scale
+        return wide.to(x.dtype)
+
     def _moved(self, x: Tensor) -> Tensor:
         if self.pre_scale is not None:
             x = x * self.pre_scale
