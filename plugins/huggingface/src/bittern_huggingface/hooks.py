@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from bittern.hooks import hookimpl
-from bittern.records import DataConfig, Exporter, LoadConfig, ModelAdapter, ModuleRule
+from bittern.records import CheckpointIO, DataConfig, Exporter, LoadConfig, ModelAdapter, ModuleRule
 from bittern_huggingface.modules.rules import MODULE_RULES
 
 if TYPE_CHECKING:
@@ -56,6 +56,16 @@ def resolve_calibration_data(source: str, model: nn.Module, config: DataConfig) 
     from bittern_huggingface.data import read_data
 
     return read_data(source, model, config)
+
+
+@hookimpl
+def resolve_checkpoint_io(model: nn.Module) -> CheckpointIO | None:
+    """Save and restore transformers models by their own files."""
+    if "transformers" not in sys.modules:
+        return None
+    from bittern_huggingface.state import checkpoint_io
+
+    return checkpoint_io(model)
 
 
 @hookimpl

@@ -41,7 +41,7 @@ def source_of(model: nn.Module) -> Source | None:
 
 
 def load_model(source: str, config: LoadConfig) -> nn.Module | None:
-    """Load the model that ``source`` names, in eval mode.
+    """Load the model that ``source`` names, in eval mode, quantized if it was saved so.
 
     Args:
         source: A directory with config.json, or a hub name.
@@ -53,6 +53,7 @@ def load_model(source: str, config: LoadConfig) -> nn.Module | None:
 
     Raises:
         ModelError: No model there, weights missing or damaged, or custom code needed.
+        CheckpointError: The saved state beside the weights is damaged or does not fit them.
     """
     path = Path(source)
     if path.exists():
@@ -92,13 +93,30 @@ def load_model(source: str, config: LoadConfig) -> nn.Module | None:
     checkpoint_dtype = settings.dtype
     name = None if checkpoint_dtype is None else str(checkpoint_dtype).removeprefix("torch.")
     setattr(model, _SOURCE, Source(source, name))
-    return model.to(device).eval()  # type: ignore[no-any-return]
+    model = model.to(device).eval()
+    _quantize_as_saved(model, path)
+    return model  # type: ignore[no-any-return]
+
+
+def _quantize_as_saved(model: nn.Module, path: Path) -> None:
+    """Restore the state that is in the directory, or beside its weights, if there is one."""
+    from bittern_huggingface.state import restore_loaded, state_of
+
+    state = state_of(path)
+    if state is not None:
+        restore_loaded(model, state)
 
 
 def _check_directory(path: Path) -> None:
     if not path.is_dir():
         raise ModelError("a file is not a model", where=str(path), hint="give its directory")
     file = path / "config.json"
+    if not file.is_file() and (path / "manifest.json").is_file():
+        raise ModelError(
+            "this directory holds the state of a quantized model, and does not say how to make one",
+            where=str(path),
+            hint="make the model, and call bittern.restore(model, path)",
+        )
     if not file.is_file():
         raise ModelError(
             "there is no config.json in this directory",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +19,15 @@ from bittern.exporting import ExportContext, Written, checksum, checksums
 from bittern.exporting.packed import PackedModule, packed_modules, plain_tensors
 from bittern.numerics import Quantized, dequantize
 from bittern.records import ExportReport
+from bittern_huggingface.companions import copy_companions
 from bittern_huggingface.compressed.cache import cache_tensors, is_attention
 from bittern_huggingface.compressed.experts import are_experts, split_packed, split_plain
 from bittern_huggingface.compressed.schemes import make_config, module_schemes
-from bittern_huggingface.loading import source_of
 
 __all__ = ["write"]
 
 NAME = "compressed-tensors"
 SHARD = "5GB"
-# Files beside the weights that a client needs and that quantization does not touch.
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "*processor_config.json",
-)
 
 
 def write(model: nn.Module, path: Path, context: ExportContext) -> Written:
@@ -65,7 +52,7 @@ def write(model: nn.Module, path: Path, context: ExportContext) -> Written:
             simulated[f"{part.path}.weight"] = checksum(_simulated(part.weights["weight"]))
     _save_shards(tensors, path)
     _save_config(model, path, make_config(plan, model), context.adapter.dtype)
-    _copy_companions(model, path)
+    copy_companions(model, path)
     return Written(
         report=ExportReport(
             path=str(path), format=NAME, tensors=len(tensors), quantized=len(simulated)
@@ -137,33 +124,3 @@ def _class_name(model: nn.Module) -> str:
     from bittern.nn import original_class
 
     return original_class(model).__name__
-
-
-def _copy_companions(model: nn.Module, path: Path) -> None:
-    source = source_of(model)
-    folder = Path(source.path) if source is not None else None
-    if folder is None or not folder.is_dir():
-        _save_tokenizer(model, path)
-        return
-    for file in _matching(folder):
-        if not (path / file.name).exists():
-            shutil.copyfile(file, path / file.name)
-
-
-def _matching(folder: Path) -> Iterable[Path]:
-    for pattern in COMPANIONS:
-        yield from sorted(f for f in folder.glob(pattern) if f.is_file())
-
-
-def _save_tokenizer(model: nn.Module, path: Path) -> None:
-    """Save the tokenizer of a model from the hub; a model made in memory has none."""
-    import transformers
-
-    name = getattr(getattr(model, "config", None), "name_or_path", "")
-    if not name:
-        return
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
-        return
-    tokenizer.save_pretrained(path)
