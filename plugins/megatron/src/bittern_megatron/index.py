@@ -22,6 +22,9 @@ CLASSES = frozenset(
             *("Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
             *("StorageMeta", "MetadataIndex", "TensorProperties", "_MEM_FORMAT_ENCODING"),
         ),
+        "torch.distributed.checkpoint.planner": (
+            *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
+        ),
         "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
         "torch.serialization": ("_get_layout",),
         "torch": ("Size", "device"),

@@ -29,13 +29,17 @@ __all__ = ["ShardedWeightQuantizer", "share_ranges"]
 log = logging.getLogger("bittern.megatron")
 
 
+class _AgreedError(NumericsError):
+    """What is raised on all ranks that hold slices of one weight."""
+
+
 class ShardedWeightQuantizer(TensorQuantizer):
     """Quantizes one rank's slice of a weight by the range of the whole weight.
 
     Args:
         spec: As for every quantizer.
         group: The ranks that hold the slices; all of them calibrate at the same time.
-        shared: Whether the scales themselves belong to several ranks, not only a global one.
+        axis: The axis of the weight that is split.
         name: ``"module.path.slot"``.
         tensor: Name of the parameter.
         kernels: Fast implementations.
@@ -46,59 +50,47 @@ class ShardedWeightQuantizer(TensorQuantizer):
         spec: QuantizerSpec,
         *,
         group: Any,
-        shared: bool,
+        axis: int,
         name: str = "",
         tensor: str | None = None,
         kernels: KernelTable | None = None,
     ) -> None:
-        self._open = True  # a given range is everybody's
+        self.group = None
+        self._open = True  # a range that the recipe gives is everybody's
         super().__init__(spec, name=name, tensor=tensor, kernels=kernels)
         self.group = group
-        self.shared = shared
+        self.shared = is_shared(spec.granularity, axis, 2)  # not only a global scale
         if spec.then is not None:
             self.then = ShardedWeightQuantizer(
                 spec.then,
                 group=group,
-                shared=shared,
+                axis=axis,
                 name=f"{name}.then",
                 tensor=tensor,
                 kernels=kernels,
             )
         self._open = False
 
-    def calibrate_on(self, x: Tensor, *, global_amax: Tensor | None = None) -> None:
+    def calibrate_on(self, x: Tensor, **options: Any) -> None:
         """Take the range of all slices, this rank's being ``x``.
 
         Raises:
             NumericsError: A slice holds NaN or Inf; on all ranks.
         """
-        chained, self.then = self.then, None
-        problem: NumericsError | None = None
         try:
             with self._opened():
-                super().calibrate_on(x, global_amax=global_amax)
-        except NumericsError as error:
-            problem = error
-        finally:
-            self.then = chained
-        self._agree(problem, x.device)
-        with torch.no_grad():
-            if self.amax is not None and self.spec.constant_amax is None:
-                whole = None if self.global_amax is None else self._largest(self.global_amax)
-                found = Range(self.amax, self.amin, whole)
-                if self.shared:
-                    lowest = None if self.amin is None else -self._largest(-self.amin)
-                    found = replace(found, amax=self._largest(self.amax), amin=lowest)
-                with self._opened():
-                    self.set_range(found, x.detach().float())
-            if chained is not None:
-                chained.calibrate_on(self._first(x.detach()))
+                super().calibrate_on(x, **options)
+        except _AgreedError:
+            raise
+        except NumericsError as error:  # the others wait in `set_range`
+            self._agree(error, x.device)
 
-    def set_range(self, values: Range, x: Tensor | None = None) -> None:
-        """Set a range, which only calibration on all ranks together knows.
+    def set_range(self, values: Range, x: Tensor | None = None, **options: Any) -> None:
+        """Set the range of all slices, this rank's being ``values``.
 
         Raises:
-            NumericsError: Somebody else sets it, from this rank's slice alone.
+            NumericsError: An algorithm chose it by this rank's slice alone; or another rank has
+                none.
         """
         if not self._open:
             raise NumericsError(
@@ -107,31 +99,54 @@ class ShardedWeightQuantizer(TensorQuantizer):
                 where=self.name or None,
                 hint="use algorithm: max, or quantize with one tensor-parallel rank and load that",
             )
-        super().set_range(values, x)
+        if self.group is not None:
+            self._agree(self._problem(values), values.amax.device)
+            values = self._whole(values)
+        super().set_range(values, x, **options)
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
-        before, self._open = self._open, True
+        self._open = True
         try:
             yield
         finally:
-            self._open = before
+            self._open = False
 
     def _agree(self, problem: NumericsError | None, device: torch.device) -> None:
-        """Raise on every rank if one met a problem, before they wait for each other."""
+        """Raise on every rank if one met a problem, before they wait for its numbers."""
         failed = torch.tensor(float(problem is not None), device=device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=self.group)
         if problem is not None:
-            raise problem
+            raise _AgreedError(problem.what, where=problem.where, hint=problem.hint) from problem
         if bool(failed):
-            raise NumericsError(
+            raise _AgreedError(
                 "the slice of another tensor-parallel rank holds NaN or Inf",
                 where=self.name or None,
                 hint="the checkpoint is damaged; load it again, or skip the module",
             )
 
+    def _problem(self, values: Range) -> NumericsError | None:
+        """Return what is wrong with a slice's range: a maximum over ranks may lose a NaN."""
+        bounds = (values.amax, values.amin, values.global_amax)
+        if all(bound is None or bool(bound.isfinite().all()) for bound in bounds):
+            return None
+        return NumericsError(
+            "the weight holds NaN or Inf",
+            where=self.name or None,
+            hint="the checkpoint is damaged; load it again, or skip the module",
+        )
+
+    def _whole(self, values: Range) -> Range:
+        amin, whole = values.amin, values.global_amax
+        whole = None if whole is None else self._largest(whole)
+        if not self.shared:
+            return replace(values, global_amax=whole)
+        return Range(
+            self._largest(values.amax), None if amin is None else -self._largest(-amin), whole
+        )
+
     def _largest(self, value: Tensor) -> Tensor:
-        found = value.detach().clone()
+        found = value.detach().float().clone()
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return found
 
@@ -170,7 +185,7 @@ def _share(layer: ParallelLinear, slot: str, quantizer: TensorQuantizer, shard: 
     ours = ShardedWeightQuantizer(
         spec,
         group=layer.tp_group,
-        shared=shared,
+        axis=shard.axis,
         name=quantizer.name,
         tensor=quantizer.tensor,
         kernels=quantizer.kernels,
