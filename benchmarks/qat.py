@@ -1,0 +1,176 @@
+"""What training brings back of the perplexity that quantization costs.
+
+    python benchmarks/qat.py MODEL CALIB.npy EVAL.npy [RECIPE ...] [--steps 300] [--outliers]
+        [--weights follow] [--activations fixed] [--task 0] [--device cuda] [--rows N] [--json]
+
+MODEL is a directory that transformers loads; the files hold token ids, rows x length, and only
+CALIB is ever trained on. Every recipe is applied to a fresh model, calibrated on 128 rows, measured
+(PTQ), trained with distillation from the unquantized model (logits and the outputs of all blocks),
+and measured again (QAT). Rows are drawn without replacement, by a fixed seed; AdamW, 5 % warmup and
+a cosine to 0. ``--unquantized`` trains the plain model on the same rows by the same schedule, on
+next tokens: what the rows alone bring, which is no merit of quantization-aware training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from typing import Any
+
+import torch
+from quality import batches, load
+from torch import Tensor, nn
+
+import bittern as bt
+from bittern.toolkit import default_toolkit
+from bittern.training import Distillation, train_ranges
+
+RECIPES = ("nvfp4", "int8", "int4")
+
+
+def schedule(step: int, steps: int) -> float:
+    """Return the share of the learning rate: warmup, then a cosine to 0."""
+    warmup = max(steps // 20, 1)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def draws(rows: Tensor, batch: int, steps: int, seed: int) -> list[Tensor]:
+    """Return batches of rows in random order, all rows used equally often."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[Tensor] = []
+    while sum(map(len, order)) < batch * steps:
+        order.append(torch.randperm(len(rows), generator=generator))
+    return [rows[i.to(rows.device)] for i in torch.cat(order)[: batch * steps].split(batch)]
+
+
+def train(student: nn.Module, teacher: nn.Module, rows: Tensor, args: argparse.Namespace) -> None:
+    """Train a quantized model in place."""
+    ranges = train_ranges(
+        student, weights=args.weights, activations=args.activations, decay=args.decay
+    )
+    learned = set(ranges.parameters())
+    others = [p for p in student.parameters() if p not in learned]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": others, "lr": args.lr, "weight_decay": 0.0},
+            {"params": list(learned), "lr": args.range_lr, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i, args.steps))
+    student.train()
+    with Distillation(
+        student,
+        teacher,
+        hidden="blocks" if args.hidden else (),
+        temperature=args.temperature,
+        hidden_weight=args.hidden,
+        task_weight=args.task,
+        adapter=default_toolkit().adapter(student),
+    ) as distillation:
+        for step, ids in enumerate(draws(rows, args.batch, args.steps, args.seed)):
+            optimizer.zero_grad()
+            loss = distillation.loss({"input_ids": ids})
+            loss.backward()
+            nn.utils.clip_grad_norm_(others, 1.0)
+            optimizer.step()
+            scheduler.step()
+            ranges.step()
+            if args.verbose and step % 20 == 0:
+                parts = {name: round(float(v), 5) for name, v in distillation.parts.items()}
+                print(step, float(loss.detach()), parts, flush=True)
+    ranges.finish()
+    student.eval()
+
+
+def unquantized(model: nn.Module, rows: Tensor, args: argparse.Namespace) -> None:
+    """Train the plain model in place, on next tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, betas=(0.9, 0.95))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i, args.steps))
+    model.train()
+    for ids in draws(rows, args.batch, args.steps, args.seed):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    model.eval()
+
+
+def main() -> None:
+    """Print one line per recipe."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("calib")
+    parser.add_argument("eval")
+    parser.add_argument("recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--range-lr", type=float, default=1e-3, help="of learned ranges")
+    parser.add_argument("--weights", default="follow")
+    parser.add_argument("--activations", default="fixed")
+    parser.add_argument("--decay", type=float, default=0.99)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--hidden", type=float, default=1.0, help="weight of the hidden states")
+    parser.add_argument("--task", type=float, default=0.0, help="weight of the next tokens")
+    parser.add_argument("--outliers", action="store_true")
+    parser.add_argument("--unquantized", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, help="evaluation rows; all by default")
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_intermixed_args()
+    calibration = batches(args.calib, args.device, None)
+    rows = torch.cat([batch["input_ids"] for batch in calibration])
+    held_out = batches(args.eval, args.device, args.rows)
+
+    def measure(model: nn.Module) -> float:
+        found = bt.evaluate(model, held_out, reference=False, layers=False).perplexity
+        assert found is not None
+        return found
+
+    plain = load(args.model, args.device, outliers=args.outliers)
+    base = measure(plain)
+    if args.unquantized:
+        model = copy.deepcopy(plain)
+        unquantized(model, rows, args)
+        print(f"unquantized: {base:.4f}, trained {100 * (measure(model) / base - 1):+.2f}%")
+    for text in args.recipes:
+        recipe: Any = json.loads(text) if text.startswith("{") else text
+        start = time.perf_counter()
+        model = copy.deepcopy(plain)
+        bt.quantize(model, recipe, data=calibration[:8])
+        before = measure(model)
+        train(model, plain, rows, args)
+        after = measure(model)
+        line = {
+            "recipe": recipe,
+            "outliers": args.outliers,
+            "weights": args.weights,
+            "activations": args.activations,
+            "steps": args.steps,
+            "unquantized": base,
+            "ptq_percent": 100 * (before / base - 1),
+            "qat_percent": 100 * (after / base - 1),
+            "seconds": time.perf_counter() - start,
+        }
+        if args.json:
+            print(json.dumps(line), flush=True)
+        else:
+            print(
+                f"{text}: unquantized {base:.4f}, PTQ {line['ptq_percent']:+.2f}%, "
+                f"QAT {line['qat_percent']:+.2f}% ({args.steps} steps, weights {args.weights}, "
+                f"activations {args.activations}, {line['seconds']:.0f} s)",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
