@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from bittern.convert.originals import plain_weights
 from bittern.convert.signatures import check_forward
 from bittern.convert.stack import PLAN, carrier, drop_modes, push_mode
 from bittern.errors import PlanError
@@ -121,12 +122,15 @@ def plan_of(model: nn.Module) -> Plan:
 def revert(model: nn.Module) -> None:
     """Give every converted module its original class back and remove the quantizers.
 
+    Parameters stay what they are, but for those that were folded or packed, see `plain_weights`.
+
     Raises:
         ModelError: The class of a module was changed after conversion; nothing is reverted then.
     """
     converted = list(named_quant_modules(model))
     for path, module in converted:
         check_unchanged(module, where=path)
+    plain_weights(model)
     for _, module in converted:
         restore_class(module)
     drop_modes(model)

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from bittern.convert.originals import folded_data
+
 __all__ = ["remember"]
 
 
@@ -14,9 +16,11 @@ def remember(model: nn.Module) -> Callable[[], None]:
     """Return a function that gives every module back what it holds now.
 
     The very same parameters, buffers and children come back, whatever was put in their place; what
-    was written into a tensor in place stays written.
+    was written into a tensor in place stays written. Folded weights are folded again.
     """
     before = [(module, type(module), _copied(vars(module))) for module in model.modules()]
+
+    fold_again = folded_data(model)
 
     def undo() -> None:
         for module, cls, attributes in before:
@@ -24,6 +28,7 @@ def remember(model: nn.Module) -> Callable[[], None]:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(_copied(attributes))
+        fold_again()
 
     return undo
 

@@ -1,0 +1,43 @@
+"""Quantized weights that a manifest names, in a live model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bittern.convert import LiveNames
+from bittern.errors import CheckpointError
+from bittern.nn import named_quant_modules
+from bittern.nn.weights import Reader
+
+__all__ = ["readers_named"]
+
+
+def readers_named(model: nn.Module, names: object, *, what: str) -> list[Reader]:
+    """Return those who read the weights of these names.
+
+    Args:
+        model: A converted model.
+        names: Full names of parameters, as a manifest has them.
+        what: What they are said to be, for errors.
+
+    Raises:
+        CheckpointError: It is no list of names, or a name is that of no quantized weight.
+    """
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"malformed list of {what} weights: {str(names)[:80]}")
+    readers = {
+        reader.name: reader
+        for path, module in named_quant_modules(model)
+        for quantizer in module.slots().values()
+        if quantizer.tensor in module._parameters
+        for reader in (Reader(path, module, quantizer.tensor, quantizer),)
+    }
+    live = LiveNames(readers)
+    found = [live.live(name) for name in names]
+    missing = [name for name in found if name not in readers]
+    if missing:
+        raise CheckpointError(
+            f"its {what} weight {missing[0]!r} is none that this model quantizes",
+            hint="restore into a model of the same architecture",
+        )
+    return [readers[name] for name in found]
