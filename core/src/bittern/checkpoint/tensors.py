@@ -1,7 +1,8 @@
 """The tensors of a quantized model by their names in files.
 
 The model's own keep the names of its ``state_dict``, without what wrappers put into them. What the
-quantizers found out is ``bittern.quantizers/<module>.<slot>/<name>``.
+quantizers found out is ``bittern.quantizers/<module>.<slot>/<name>``. Packed weights are of our
+making, and no tensors of the model: their parts are ``bittern.packed/<parameter>/<part>``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bittern.convert import LiveNames
+from bittern.errors import CheckpointError
 from bittern.nn import named_quantizers, quantizer_keys
+from bittern.nn.packed import PACKED, PackedWeight, flatten_packed, unflatten_packed
 
 __all__ = [
     "QUANTIZERS",
@@ -29,12 +32,14 @@ AMAX = "_quantizer.amax"  # how schema 1 ended the name of a range
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of ``state_dict`` under their live names, without learned ranges."""
+    """Return the plain tensors of ``state_dict`` under their live names, no learned ranges."""
     learned = quantizer_keys(model)
     return {
         name: tensor
         for name, tensor in model.state_dict().items()
-        if isinstance(tensor, Tensor) and name not in learned
+        if isinstance(tensor, Tensor)
+        and name not in learned
+        and not isinstance(tensor, PackedWeight)
     }
 
 
@@ -59,10 +64,16 @@ def unaliased(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def quantizer_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return what the quantizers found out, by name in files."""
+    """Return what the quantizers found out, and packed weights, by name in files."""
     quantizers = dict(named_quantizers(model))
     names = LiveNames(quantizers)
-    return {
+    weights, weight_names = _packed(model)
+    packed = {
+        key: part.detach().cpu().contiguous()
+        for name, weight in weights.items()
+        for key, part in flatten_packed(weight_names.saved(name), weight).items()
+    }
+    return packed | {
         f"{QUANTIZERS}{names.saved(name)}/{local}": value.detach().cpu().contiguous()
         for name, quantizer in quantizers.items()
         for local, value in quantizer.state().items()
@@ -74,7 +85,7 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     own: dict[str, Tensor] = {}
     quantizers: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.startswith(QUANTIZERS):
+        if name.startswith((QUANTIZERS, PACKED)):
             quantizers[name] = tensor
         elif name.endswith(AMAX):
             quantizers[f"{QUANTIZERS}{name.removesuffix(AMAX)}/amax"] = tensor
@@ -88,10 +99,14 @@ def load_quantizers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises:
         NumericsError: A quantizer has no such state.
+        CheckpointError: The packed weights are not those of the model.
     """
+    _load_packed(model, {name: t for name, t in tensors.items() if name.startswith(PACKED)})
     states: dict[str, dict[str, Tensor]] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for key, value in tensors.items():
+        if key.startswith(PACKED):
+            continue
         name, _, local = key.removeprefix(QUANTIZERS).rpartition("/")
         states.setdefault(name, {})[local] = value.to(device)
     quantizers = dict(named_quantizers(model))
@@ -102,3 +117,25 @@ def load_quantizers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             quantizer.set_amax(state["amax"])  # schema 1 had no scales
         else:
             quantizer.load_state(state)
+
+
+def _packed(model: nn.Module) -> tuple[dict[str, PackedWeight], LiveNames]:
+    """Return the packed weights under their live names, tied ones once, and how files call them."""
+    found: dict[str, PackedWeight] = {
+        name: p for name, p in model.named_parameters() if isinstance(p, PackedWeight)
+    }
+    return found, LiveNames(found)
+
+
+@torch.no_grad()
+def _load_packed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    weights, names = _packed(model)
+    known = {key for name, w in weights.items() for key in flatten_packed(names.saved(name), w)}
+    for key in tensors:
+        if key not in known:
+            raise CheckpointError(
+                f"{key} is of no weight that this model has packed",
+                hint="restore into a model of the same architecture",
+            )
+    for name, weight in weights.items():
+        weight.copy_(unflatten_packed(names.saved(name), tensors, like=weight))

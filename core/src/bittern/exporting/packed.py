@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bittern.errors import ExportError
 from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules, named_quantizers
 from bittern.nn.computed import sources_of, weight_of
+from bittern.nn.packed import PackedWeight
 from bittern.numerics import Quantized, quantize
 from bittern.records import Plan
 
@@ -108,8 +109,7 @@ def packed_modules(
                 if quantizer.tensor is not None:
                     tensor = weight_of(module, quantizer.tensor)
                     assert tensor is not None
-                    packed = quantize(tensor.detach(), quantizer.spec, quantizer.scales)
-                    weights[quantizer.tensor] = packed
+                    weights[quantizer.tensor] = _codes(tensor, quantizer)
                     continue
                 scale = quantizer.global_scale if quantizer.block_dynamic else quantizer.scale
                 if scale is not None:
@@ -117,6 +117,12 @@ def packed_modules(
                 if quantizer.zero_point is not None:
                     zero_points[slot] = quantizer.zero_point
         yield PackedModule(path, module, weights, inputs, zero_points, slots)
+
+
+def _codes(weight: Tensor, quantizer: TensorQuantizer) -> Quantized:
+    if isinstance(weight, PackedWeight):
+        return weight.quantized()
+    return quantize(weight.detach(), quantizer.spec, quantizer.scales)
 
 
 def plain_tensors(model: nn.Module, plan: Plan, *, dtype: str | None) -> dict[str, Tensor]:
