@@ -240,8 +240,7 @@ def _check_header(path: Path, error: Error, within: Path | None) -> None:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, HEADER_LIMIT):
             raise error(
-                f"is no safetensors file, or was cut off: it has {size} bytes and says that its "
-                f"header has {length}",
+                f"cannot be read: it has {size} bytes and says that its header has {length}",
                 where=str(path),
                 hint=_AGAIN,
             )

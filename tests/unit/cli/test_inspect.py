@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import bittern as bt
-from bittern.cli.checkpoints import TensorHeader
+from bittern.reading import TensorHeader
 
 
 @pytest.fixture

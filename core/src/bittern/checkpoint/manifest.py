@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
+from bittern.checkpoint.checksums import data_checksum
 from bittern.checkpoint.migrations import SCHEMA, migrated
 from bittern.errors import CheckpointError
+from bittern.exporting import left_aside
+from bittern.reading import read_json
 
-__all__ = ["FILE", "Manifest", "ModeEntry"]
+__all__ = ["FILE", "TENSORS", "Manifest", "ModeEntry"]
 
 FILE = "manifest.json"
+TENSORS = "state.safetensors"
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -45,6 +49,9 @@ class Manifest:
             `CheckpointIO`.
         weights: Whether the model's own tensors are there too, or only the quantizers' state.
         aliases: Tensor name to the name of the tensor it shares storage with.
+        checksums: Name of a tensor in `TENSORS` to its checksum, see `checksum_of`.
+        files: Names of the files that were written, manifest.json aside.
+        checksum: That of all of the above, see `data_checksum`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -56,10 +63,16 @@ class Manifest:
     io: str = "safetensors"
     weights: bool = True
     aliases: dict[str, str] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
+    files: list[str] = field(default_factory=lambda: [TENSORS])
+    checksum: int | None = None
 
     def write(self, directory: Path) -> None:
         """Write manifest.json."""
-        text = json.dumps(asdict(self), indent=1)
+        data = asdict(self)
+        del data["checksum"]
+        data["checksum"] = data_checksum(data)
+        text = json.dumps(data, indent=1)
         (directory / FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -67,23 +80,36 @@ class Manifest:
         """Read manifest.json, of this or any earlier schema.
 
         Raises:
-            CheckpointError: It is missing, malformed, or newer than this version.
+            CheckpointError: It is missing, malformed, changed, or newer than this version.
         """
         file = directory / FILE
-        try:
-            data = from_json(file.read_bytes(), allow_inf_nan=False)
-        except OSError as error:
+        if not file.is_symlink() and not file.exists():
+            aside = left_aside(directory)
             raise CheckpointError(
-                f"there is no {FILE}", where=str(directory), hint="give what bittern.save wrote"
-            ) from error
-        except ValueError as error:
-            raise CheckpointError(f"not JSON: {error}", where=str(file)) from error
+                f"there is no {FILE}",
+                where=str(directory),
+                hint="give what bittern.save wrote"
+                if aside is None
+                else f"a save was killed while it replaced this; mv {aside} {directory}",
+            )
+        data = read_json(file, error=CheckpointError, within=directory)
         try:
-            return _adapter().validate_json(to_json(migrated(data, where=str(file))))
+            found = _adapter().validate_json(to_json(migrated(data, where=str(file))))
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
+            place = ".".join(map(str, first["loc"]))[:200]
             raise CheckpointError(f"malformed: {place}: {first['msg']}", where=str(file)) from error
+        except ValueError as error:  # nested deeper than the second parser likes
+            raise CheckpointError(f"malformed: {error}", where=str(file)) from error
+        rest = {name: value for name, value in data.items() if name != "checksum"}
+        if found.checksum is not None and found.checksum != data_checksum(rest):
+            raise CheckpointError(
+                "changed since it was written",
+                where=str(file),
+                hint="copy or download the whole directory again; if you meant to change it, "
+                "remove its last line, checksum",
+            )
+        return found
 
 
 @cache

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from torch import Tensor, nn
 
-from bittern.checkpoint.manifest import Manifest
-from bittern.checkpoint.save import TENSORS
+from bittern.checkpoint.checksums import check_tensors
+from bittern.checkpoint.manifest import TENSORS, Manifest
 from bittern.checkpoint.tensors import load_quantizers, own_names, own_tensors, split
 from bittern.checkpoint.witness import WITNESS, check_witness
 from bittern.convert import remember, revert
 from bittern.errors import BitternError, CheckpointError
 from bittern.modes import ModeContext, replay
+from bittern.reading import load_tensors
 from bittern.records import AppliedMode, CheckpointIO
 
 __all__ = ["restore_state"]
@@ -43,7 +43,11 @@ def restore_state(
     manifest = Manifest.read(path)
     where = str(path)
     io = _io(manifest, resolve_io, where)
-    tensors = _read(path) if io is None else {}
+    tensors: dict[str, Tensor] = {}
+    if io is None:
+        tensors = load_tensors(path / TENSORS, error=CheckpointError, within=path)
+        if manifest.checksums:
+            check_tensors(tensors, manifest.checksums, where=where)
     stack = [
         AppliedMode(name=m.name, plugin=m.plugin, config=m.config, metadata=m.metadata)
         for m in manifest.modes
@@ -66,15 +70,18 @@ def restore_state(
             model.load_state_dict(own, strict=False)
         for finish in later:
             finish()
-    except (BitternError, RuntimeError) as error:
+    except Exception as error:  # a plan that nobody made can fail anywhere
         undo()
+        if isinstance(error, MemoryError):
+            raise
         if isinstance(error, CheckpointError):
             raise CheckpointError(
                 error.what if error.where in (None, where) else str(error).split("\n")[0],
                 where=where,
                 hint=error.hint,
             ) from error
-        raise CheckpointError(f"it does not fit this model: {error}", where=where) from error
+        what = str(error) if isinstance(error, BitternError | RuntimeError) else repr(error)
+        raise CheckpointError(f"it does not fit this model: {what}", where=where) from error
     except BaseException:
         undo()
         raise
@@ -96,13 +103,6 @@ def _io(
     return found
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{TENSORS} cannot be read: {error}", where=str(path)) from error
-
-
 def _fitting(model: nn.Module, saved: dict[str, Tensor], *, where: str) -> dict[str, Tensor]:
     """Compare names and shapes before anything is loaded, and return the tensors by live name."""
     own, names = own_tensors(model), own_names(model)
@@ -114,6 +114,11 @@ def _fitting(model: nn.Module, saved: dict[str, Tensor], *, where: str) -> dict[
         for name, tensor in own.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
+    problems += [
+        f"{name} is {tensor.dtype} here and {tensors[name].dtype} there"
+        for name, tensor in own.items()
+        if name in tensors and _kind(tensors[name]) != _kind(tensor)
+    ]
     if problems:
         raise CheckpointError(
             f"it is the state of another model: {'; '.join(problems[:3])}",
@@ -121,3 +126,8 @@ def _fitting(model: nn.Module, saved: dict[str, Tensor], *, where: str) -> dict[
             hint="restore into a model of the same architecture",
         )
     return tensors
+
+
+def _kind(tensor: Tensor) -> str | torch.dtype:
+    """Return what a tensor may be converted within: another precision is no other weight."""
+    return "float" if tensor.is_floating_point() else tensor.dtype

@@ -5,46 +5,21 @@ No tensor is loaded, and torch only where there is a bittern.json or a manifest.
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bittern.cli.states import modules_of_state, state_of
 from bittern.errors import ModelError
+from bittern.reading import TensorHeader, read_json, tensor_headers
 from bittern.report.blocks import collapse
 
-__all__ = ["TensorHeader", "describe"]
+__all__ = ["describe"]
 
 STATE, EXPORT = "bittern state", "bittern export"
 QUANTIZED, PLAIN = "quantized checkpoint", "plain model"
 PICKLED = (".bin", ".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One tensor of a safetensors file, by its header.
-
-    Attributes:
-        name: Name in the file.
-        dtype: The format's name of the dtype, ``"F8_E4M3"``.
-        shape: Its shape.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its data."""
-        digits = re.search(r"\d+", self.dtype)
-        bits = int(digits.group()) if digits is not None else 8  # BOOL
-        return math.ceil(math.prod(self.shape) * bits / 8)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -62,8 +37,8 @@ def describe(path: Path) -> dict[str, Any]:
     quantization = quantization if isinstance(quantization, dict) else None
     export = _export(path)
     state = state_of(path)
-    files = sorted(f for f in path.rglob("*.safetensors") if f.is_file())
-    headers = [header for file in files for header in _headers(file)]
+    files = sorted(path.rglob("*.safetensors"))
+    headers = [header for file in files for header in tensor_headers(file, error=ModelError)]
     pickled = sorted(f.name for f in path.iterdir() if f.suffix in PICKLED)
     if config is None and export is None and state is None and not files:
         raise ModelError(
@@ -98,34 +73,18 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _config(path: Path) -> dict[str, Any] | None:
     file = path / "config.json"
-    if not file.is_file():
+    if not file.exists() and not file.is_symlink():
         return None
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot be read: {error}", where=str(file)) from error
+    data = read_json(file, error=ModelError)
     if not isinstance(data, dict):
         raise ModelError("is not a JSON object", where=str(file))
     return data
 
 
-def _headers(file: Path) -> Iterable[TensorHeader]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                part = opened.get_slice(name)
-                yield TensorHeader(name, str(part.get_dtype()), tuple(part.get_shape()))
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot be read: {error}", where=str(file), hint="download or export it again"
-        ) from error
-
-
 def _export(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     """Return the summary of bittern.json and the formats of the modules."""
-    if not (path / "bittern.json").is_file():
+    file = path / "bittern.json"
+    if not file.exists() and not file.is_symlink():
         return None
     from bittern.exporting import ExportRecord
 

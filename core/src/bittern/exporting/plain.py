@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bittern.errors import ExportError, VerificationError
@@ -19,6 +18,7 @@ from bittern.exporting.context import ExportContext, Written
 from bittern.exporting.packed import packed_modules, plain_tensors
 from bittern.exporting.record import ExportRecord, checksum, checksums
 from bittern.numerics import dequantize
+from bittern.reading import load_tensors
 from bittern.records import ExportReport, Finding, Verification
 
 __all__ = ["verify_plain", "write_plain"]
@@ -70,9 +70,9 @@ def verify_plain(path: Path, record: ExportRecord | None) -> Verification:
     if record is None:
         raise VerificationError("there is no bittern.json", where=str(path))
     try:
-        tensors: dict[str, Tensor] = load_file(path / TENSORS)
-    except (OSError, SafetensorError) as error:
-        finding = Finding(TENSORS, f"cannot be read: {error}", "export the model again")
+        tensors = load_tensors(path / TENSORS, error=VerificationError, within=path)
+    except VerificationError as error:
+        finding = Finding(TENSORS, error.what, "export the model again")
         return Verification(ok=False, path=str(path), client=NAME, findings=(finding,))
     findings = compare_checksums(record, checksums(tensors))
     return Verification(

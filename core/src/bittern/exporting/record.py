@@ -11,19 +11,24 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import to_json
 from torch import Tensor
 
 from bittern.errors import VerificationError
+from bittern.reading import read_json
 from bittern.records import Plan
 
 __all__ = ["FILE", "ExportRecord", "Probe", "checksum", "checksums", "entry_dict"]
 
 FILE = "bittern.json"
 SCHEMA = 1
+STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Probe:
         perplexity: ``exp`` of their mean.
         dtype: Name of the dtype in which the losses were computed, and a client should.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     input_ids: list[list[int]]
     nll: list[list[float]]
@@ -58,6 +65,8 @@ class ExportRecord:
         probe: What the model must compute, where it takes tokens.
         schema: Version of this layout.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     format: str
     recipe: str
@@ -82,25 +91,33 @@ class ExportRecord:
             VerificationError: It is malformed, or newer than this version.
         """
         file = directory / FILE
-        if not file.is_file():
+        if not file.is_symlink() and not file.exists():
             return None
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data.get("schema", 0) > SCHEMA:
-                raise VerificationError(
-                    f"written by bittern {data.get('bittern')}, which is newer than this one",
-                    where=str(file),
-                    hint="pip install -U bittern",
-                )
-            for key, kind in (("tensors", dict), ("weights", dict), ("entries", list)):
-                if not isinstance(data.get(key, kind()), kind):
-                    raise TypeError(f"{key} is no {kind.__name__}")
-            probe = data.pop("probe", None)
-            return cls(**data, probe=Probe(**probe) if probe is not None else None)
-        except (ValueError, TypeError, AttributeError) as error:
+        data = read_json(file, error=VerificationError, within=directory)
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
             raise VerificationError(
-                f"malformed: {error}", where=str(file), hint="export the model again"
+                f"written by bittern {str(data.get('bittern'))[:40]}, which is newer than this one",
+                where=str(file),
+                hint="pip install -U bittern",
+            )
+        try:
+            return _adapter().validate_json(to_json(data))  # strict mode takes no plain data
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))[:200]
+            raise VerificationError(
+                f"malformed: {place}: {first['msg']}",
+                where=str(file),
+                hint="export the model again",
             ) from error
+        except ValueError as error:  # nested deeper than the second parser likes
+            raise VerificationError(f"malformed: {error}", where=str(file)) from error
+
+
+@cache
+def _adapter() -> TypeAdapter[ExportRecord]:
+    return TypeAdapter(ExportRecord)
 
 
 def entry_dict(plan: Plan) -> list[dict[str, Any]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from bittern.errors import VerificationError
 from bittern.exporting.record import ExportRecord
+from bittern.reading import read_json
 from bittern.records import Exporter, Verification
 from bittern.registry import Registry, bound
 
@@ -51,13 +51,11 @@ def _exporter(path: Path, record: ExportRecord | None, registry: Registry) -> Ex
         return registry.exporters.get(record.format)
     config = path / "config.json"
     method = None
-    if config.is_file():
-        try:
-            data = json.loads(config.read_text(encoding="utf-8"))
-            method = (data.get("quantization_config") or {}).get("quant_method")
-        except (ValueError, AttributeError) as error:
-            raise VerificationError(f"malformed: {error}", where=str(config)) from error
-    if method is None or method not in registry.exporters:
+    if config.exists() or config.is_symlink():
+        data = read_json(config, error=VerificationError)
+        settings = data.get("quantization_config") if isinstance(data, dict) else None
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if not isinstance(method, str) or method not in registry.exporters:
         raise VerificationError(
             "this is not a quantized checkpoint that any plugin knows",
             where=str(path),
