@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import bittern
 from bittern.errors import ModelError
-from bittern.nn import quantizers_off
+from bittern.nn import original_class, quantizers_off
 from bittern.toolkit import Toolkit
 
 from .reference import WEIGHT, int8
@@ -144,21 +144,21 @@ def test_an_lstm_with_computed_weights_runs_with_them_quantized(
             assert same_bits(model(X)[0], before)
 
 
-def test_what_was_parametrized_after_conversion_is_not_reverted_to_ruins(
+def test_what_was_parametrized_after_conversion_stays_so_when_reverted(
     toolkit: Toolkit, same_bits: SameBits
 ) -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
     toolkit.quantize(model, WEIGHTS)
     with torch.no_grad():
-        quantized = model(X)
         parametrize.register_parametrization(model[1], "weight", Halved())
-        with pytest.raises(ModelError, match="1: its weight was parametrized after"):
-            bittern.revert(model)
+        bittern.revert(model)
+        halved = model(X)
 
-        assert "weight" in model[0].slots()  # nothing was reverted
-        parametrize.remove_parametrizations(model[1], "weight", leave_parametrized=False)
-        assert same_bits(model(X), quantized)
-    bittern.revert(model)
+        assert model[1].weight.grad_fn is None
+        assert type(model[1]).__name__ == "ParametrizedLinear"
+        assert same_bits(halved, model[1](model[0](X)))
+        parametrize.remove_parametrizations(model[1], "weight", leave_parametrized=True)
+        assert same_bits(model(X), halved)
     assert type(model[1]) is nn.Linear
 
 
@@ -171,13 +171,49 @@ def test_a_second_parametrization_after_conversion_is_noticed_too(toolkit: Toolk
         bittern.revert(model)
 
 
-def test_a_class_that_was_put_over_a_quantized_one_is_not_dropped(toolkit: Toolkit) -> None:
-    model: Any = nn.Sequential(nn.Linear(8, 8))
-    toolkit.quantize(model, WEIGHTS)
-    model[0].__class__ = type("Sharded", (type(model[0]),), {})
+def test_a_class_that_was_put_over_a_quantized_one_stays_over_the_original(
+    toolkit: Toolkit,
+) -> None:
+    class Sharding:
+        """What a framework mixes into classes of modules."""
 
-    with pytest.raises(ModelError, match="0: its class was changed to Sharded"):
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    toolkit.quantize(model, WEIGHTS)
+    quantized = type(model[0])
+    sharded = type("Sharded" + quantized.__name__, (Sharding, quantized), {"kept": 1})
+    for module in model:
+        module.__class__ = sharded
+    assert original_class(model[0]) is nn.Linear
+
+    bittern.revert(model)
+
+    assert type(model[0]) is type(model[1])
+    assert type(model[0]).__name__ == "ShardedLinear"
+    assert type(model[0]).__bases__ == (Sharding, nn.Linear)
+    assert model[0].kept == 1
+    toolkit.quantize(model, WEIGHTS)  # and once more, above it
+    assert isinstance(model[0], Sharding)
+    assert original_class(model[0]).__name__ == "ShardedLinear"
+    bittern.revert(model)
+    assert type(model[0]).__bases__ == (Sharding, nn.Linear)
+
+
+def test_a_class_that_cannot_be_built_again_is_refused_before_anything_changes(
+    toolkit: Toolkit,
+) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    toolkit.quantize(model, WEIGHTS)
+    base: Any = type(model[1])
+
+    class Sharded(base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    model[1].__class__ = Sharded
+
+    with pytest.raises(ModelError, match="1: its class was changed to .*Sharded"):
         bittern.revert(model)
+    assert "weight" in model[0].slots()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from bittern.errors import ModelError
-from bittern.nn.module import QuantModule, original_class
+from bittern.nn.module import QuantModule, class_without
 from bittern.runtime import evaluating
 
 __all__ = ["check_unchanged", "sources_of", "weight_of"]
@@ -49,25 +49,30 @@ def sources_of(path: str, name: str) -> str:
 def check_unchanged(module: QuantModule, *, where: str) -> None:
     """Refuse to give a module its class back when something changed the class meanwhile.
 
+    A class that a framework put on top of ours is fine: it is built again on the original one.
+
     Args:
         module: A converted module.
         where: Its path.
 
     Raises:
-        ModelError: A parametrization was registered, or another class put over it, after
-            conversion; the class from before has no place for that.
+        ModelError: A further parametrization was registered after conversion, for which the class
+            from before has no place; or a class was put on top that cannot be built again.
     """
-    late = [name for name in getattr(module, HOME, ()) if not hasattr(original_class(module), name)]
+    try:
+        own = class_without(module)
+    except TypeError as error:
+        raise ModelError(
+            f"its class was changed to {type(module).__qualname__} after it was quantized, and "
+            f"cannot be taken back: {error}",
+            where=where or None,
+            hint="undo that first, or start from a fresh model",
+        ) from error
+    late = [name for name in getattr(module, HOME, ()) if not hasattr(own, name)]
     if late:
         raise ModelError(
             f"its {late[0]} was parametrized after it was quantized, and cannot stay so without",
             where=where or None,
             hint="call torch.nn.utils.parametrize.remove_parametrizations on it first; or "
             "parametrize the model before it is quantized",
-        )
-    if "original_class" not in vars(type(module)):
-        raise ModelError(
-            f"its class was changed to {type(module).__qualname__} after it was quantized",
-            where=where or None,
-            hint="undo that first, or start from a fresh model",
         )

@@ -6,8 +6,11 @@ its ``isinstance`` answers; it adds one child `TensorQuantizer` per slot.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from inspect import isfunction
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from bittern.nn.quantizer import TensorQuantizer
 __all__ = [
     "QuantModule",
     "attach",
+    "class_without",
     "named_quant_modules",
     "named_quantizers",
     "original_class",
@@ -28,6 +32,7 @@ __all__ = [
 ]
 
 SUFFIX = "_quantizer"
+SHARDED = "_is_fsdp_managed_module"  # what fully_shard writes into every module that it manages
 
 
 class QuantModule(nn.Module):
@@ -51,7 +56,11 @@ class QuantModule(nn.Module):
             experts: Which rows belong to which expert, for stacked activations.
         """
         quantizer = self._modules.get(slot + SUFFIX)
-        result: Tensor = x if quantizer is None else quantizer(x, experts)
+        if quantizer is None:
+            return x
+        if SHARDED in self.__dict__ and type(x) is nn.Parameter and not x.requires_grad:
+            x = x.detach()  # a parameter would be quantized once, and this one is refilled unseen
+        result: Tensor = quantizer(x, experts)
         return result
 
     def quantizer(self, slot: str) -> TensorQuantizer | None:
@@ -67,6 +76,14 @@ class QuantModule(nn.Module):
             if isinstance(child, TensorQuantizer)
         }
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Name the mixin and the original class in a pickle: the class itself is in no file."""
+        reduced = super().__reduce_ex__(max(int(protocol), 2))
+        cls = type(self)
+        if "original_class" not in vars(cls) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_bare, (cls.__bases__[0], cls.original_class), *reduced[2:])
+
 
 _CLASSES: dict[tuple[type, type], type] = {}
 
@@ -75,13 +92,23 @@ def swap_class(
     module: nn.Module, quantized: type[QuantModule], quantizers: dict[str, TensorQuantizer]
 ) -> None:
     """Turn ``module`` into an instance of ``quantized`` and its own class, in place."""
-    own = type(module)
+    attach(module, _class_of(quantized, type(module)), quantizers)
+
+
+def _class_of(quantized: type, own: type) -> type:
+    """Return the class of converted modules, the same object every time."""
     key = (quantized, own)
     if key not in _CLASSES:
         name = f"Quant{own.__name__}"
         body = {"original_class": own, "__module__": quantized.__module__, "__qualname__": name}
         _CLASSES[key] = type(name, (quantized, own), body)
-    attach(module, _CLASSES[key], quantizers)
+    return _CLASSES[key]
+
+
+def _bare(quantized: type, own: type) -> Any:
+    """Return a converted module without anything in it, for pickle to fill."""
+    cls: Any = _class_of(quantized, own)
+    return cls.__new__(cls)
 
 
 def attach(module: nn.Module, cls: type, quantizers: dict[str, TensorQuantizer]) -> None:
@@ -96,13 +123,53 @@ def restore_class(module: nn.Module) -> None:
     if isinstance(module, QuantModule):
         for slot in list(module.slots()):
             del module._modules[slot + SUFFIX]
-        own: Any = original_class(module)
+        own: Any = class_without(module)
         module.__class__ = own
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class a module had before conversion."""
     return module.original_class if isinstance(module, QuantModule) else type(module)
+
+
+def class_without(module: QuantModule) -> type[nn.Module]:
+    """Return the class that `restore_class` gives a module.
+
+    Frameworks put classes of their own on top of a module's (``fully_shard`` of FSDP2,
+    ``parametrize``). Such a class is built again on top of the original one.
+
+    Args:
+        module: A converted module.
+
+    Raises:
+        TypeError: That cannot be done: a method on top calls ``super()``, which is bound to the
+            class that it was written in; or nothing in the class was made by `swap_class`.
+    """
+    cls: Any = type(module)  # mypy takes a class for unhashable
+    found: type[nn.Module] = _class_without(cls)
+    return found
+
+
+@cache
+def _class_without(cls: Any) -> Any:
+    if "original_class" in vars(cls):
+        return cls.original_class
+    made = next((base for base in cls.__mro__ if "original_class" in vars(base)), None)
+    if made is None:
+        raise TypeError(f"{cls.__qualname__} is not a class of a converted module")
+    body = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    if any(map(_calls_super, body.values())):
+        raise TypeError(f"{cls.__qualname__} has methods that call super()")
+    bases = tuple(_class_without(b) if issubclass(b, made) else b for b in cls.__bases__)
+    name = cls.__name__.replace(made.__name__, made.original_class.__name__)
+    meta: Any = type(cls)
+    return meta(name, bases, body)
+
+
+def _calls_super(value: Any) -> bool:
+    """Whether an attribute of a class is a method, or property, that calls ``super()``."""
+    functions = (value, *(getattr(value, name, None) for name in ("__func__", "fget", "fset")))
+    return any("__class__" in f.__code__.co_freevars for f in functions if isfunction(f))
 
 
 def named_quant_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from bittern.errors import BitternError
 from bittern.tracing.flow.graph import OpGraph, OpNode, Value
 from bittern.tracing.preserve import unchanged
+from bittern.tracing.shards import unshard
 
 __all__ = ["record"]
 
@@ -68,8 +69,9 @@ def record(
         torch.inference_mode(),
         contextlib.ExitStack() as stack,
     ):
+        unshard(model)  # `unchanged` puts it back, and the mode
         for module in model.modules():
-            module.__dict__["training"] = False  # `unchanged` puts it back
+            module.__dict__["training"] = False
         mode = stack.enter_context(FakeTensorMode()) if fake else None
         recorder = _Recorder(model, graph, knows, leaf, mode)
         stack.enter_context(recorder.provenance())
