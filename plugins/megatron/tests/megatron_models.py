@@ -57,9 +57,13 @@ def on_cpu() -> Iterator[None]:
         torch.cuda.current_device = before
 
 
+def tensor_ranks() -> int:
+    """Return the number of tensor-parallel ranks."""
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
 def config(**changes: Any) -> TransformerConfig:
     """Return the config of a model of two layers in float32, 64 wide."""
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
     given: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 64,
@@ -67,7 +71,7 @@ def config(**changes: Any) -> TransformerConfig:
         "num_query_groups": 2,
         "ffn_hidden_size": 128,
         "use_cpu_initialization": True,
-        "tensor_model_parallel_size": tensor,
+        "tensor_model_parallel_size": tensor_ranks(),
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": F.silu,
@@ -85,7 +89,7 @@ def gpt(**changes: Any) -> GPTModel:
     torch.manual_seed(0)
     return GPTModel(
         config(**changes),
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_layer_local_spec(changes.get("num_moe_experts"), normalization="RMSNorm"),
         vocab_size=VOCABULARY,
         max_sequence_length=32,
         position_embedding_type="rope",
@@ -105,8 +109,12 @@ def batch(seed: int) -> dict[str, Tensor]:
 def column(**changes: Any) -> ColumnParallelLinear:
     """Return a column parallel layer from 64 to 96 features."""
     ensure_groups()
-    given: dict[str, Any] = {"bias": True, "init_method": nn.init.xavier_normal_}
-    return ColumnParallelLinear(64, 96, config=config(), **(given | changes))
+    given: dict[str, Any] = {
+        "bias": True,
+        "init_method": nn.init.xavier_normal_,
+        "config": config(),
+    }
+    return ColumnParallelLinear(64, 96, **(given | changes))
 
 
 def row(**changes: Any) -> RowParallelLinear:
@@ -117,5 +125,6 @@ def row(**changes: Any) -> RowParallelLinear:
         "init_method": nn.init.xavier_normal_,
         "input_is_parallel": True,
         "skip_bias_add": False,
+        "config": config(),
     }
-    return RowParallelLinear(64, 96, config=config(), **(given | changes))
+    return RowParallelLinear(64, 96, **(given | changes))

@@ -50,7 +50,7 @@ def test_a_dotted_name_does_not_pass_for_a_class(tmp_path: Path) -> None:
     # Protocol 4 looks up "OrderedDict.fromkeys" by its dots, and so it would any function.
     data = b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93."
     assert pickle.loads(data)({}) is not None
-    with pytest.raises(CheckpointError, match="OrderedDict.fromkeys"):
+    with pytest.raises(CheckpointError, match=r"OrderedDict\.fromkeys"):
         check_index(write(tmp_path, data))
 
 

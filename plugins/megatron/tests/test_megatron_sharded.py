@@ -113,7 +113,7 @@ def on_one(rank: int, world: int, folder: Path) -> dict[str, Any]:
             model = quantized(recipe, folder / "plain")
             save(model, folder / f"{recipe}-one")
             found[recipe] = described(model)
-        return found
+        return found | {"layers": layers(rank)}
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
             save(model, folder / f"{recipe}-two")
             found[recipe] = described(model)
         _own_flow(model, folder / "own")
-        return found | {"refused": refusals(rank)}
+        return found | {"refused": refusals(rank), "layers": layers(rank)}
 
 
 def _own_flow(model: nn.Module, folder: Path) -> None:
@@ -144,6 +144,30 @@ def _own_flow(model: nn.Module, folder: Path) -> None:
         dist_checkpointing.save({"model": model.sharded_state_dict()}, str(folder))
     finally:
         torch.cuda.synchronize = synchronize
+
+
+def layers(rank: int) -> dict[str, Tensor]:
+    """Return what a column parallel layer makes of 6 tokens, in every way that it communicates.
+
+    The input is static per tensor, and what leaves the layer is quantized too.
+    """
+    spec = {"format": "int8", "granularity": "tensor"}
+    rule = {"match": LINEAR, "weight": spec, "input": spec, "output": spec}
+    ranks = megatron_models.tensor_ranks()
+    x = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(3))
+    found: dict[str, Tensor] = {}
+    for name, changes in {
+        "plain": {},
+        "gathered": {"gather_output": True},
+        "sequence": {"config": megatron_models.config(sequence_parallel=ranks > 1)},
+    }.items():
+        torch.manual_seed(0)
+        layer = megatron_models.column(**changes)
+        given = x.chunk(ranks)[rank] if name == "sequence" else x
+        model = nn.Sequential(layer)
+        toolkit().quantize(model, {"extends": "base", "rules": [rule]}, [given])
+        found[name] = layer(given)[0].clone()
+    return found
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -257,6 +281,15 @@ def test_two_ranks_compute_what_one_does(recipe: str, runs: dict[str, Any]) -> N
     error = (ranks[0] - whole).norm() / whole.norm()
     # an element at the border of two codes may take the other one
     assert error < (1e-5 if recipe in WEIGHT_ONLY else 2e-2)
+
+
+@pytest.mark.parametrize("name", ["plain", "gathered", "sequence"])
+def test_a_layer_quantizes_alike_however_it_communicates(name: str, runs: dict[str, Any]) -> None:
+    whole = runs["one"]["layers"][name]
+    for rank in (0, 1):
+        found = runs["two"][rank]["layers"][name]
+        expected = whole if name == "gathered" else whole.chunk(2, dim=-1)[rank]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_ranks_agree_on_every_range(runs: dict[str, Any]) -> None:

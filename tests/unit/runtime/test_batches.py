@@ -59,6 +59,13 @@ def test_a_batch_is_run_as_its_form_says(
     assert batch.rows == rows
 
 
+def test_a_mask_of_who_attends_to_whom_says_nothing_about_padding() -> None:
+    mask = torch.ones(1, 1, IDS.shape[1], IDS.shape[1], dtype=torch.bool).triu(1)
+    batch = prepare({"input_ids": IDS, "attention_mask": mask}, Echo(), PLAIN, index=0)
+    assert batch.mask is None
+    assert batch.kwargs["attention_mask"] is mask
+
+
 def test_ids_and_mask_are_found() -> None:
     mask = torch.ones_like(IDS)
     mapping = prepare({"input_ids": IDS, "attention_mask": mask}, Echo(), PLAIN, index=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -270,6 +271,23 @@ def test_no_mark_is_left_on_tensors_that_are_plain_attributes(toolkit: Toolkit) 
     first = toolkit.trace(model, X).to_dict()
     assert not vars(model.table)
     assert toolkit.trace(model, X).to_dict() == first
+
+
+class Tabulated(Pair):
+    """Keeps what a method computed for a length, as rotary embeddings do."""
+
+    @lru_cache(maxsize=4)  # noqa: B019 (what the test is about)
+    def table(self, length: int) -> Tensor:
+        return self.a.weight.new_ones(length)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.table(x.shape[-1]))
+
+
+def test_memoized_methods_keep_no_tensors_without_values(toolkit: Toolkit) -> None:
+    model = Tabulated()
+    toolkit.trace(model, X)
+    assert model.table(4).tolist() == [1.0] * 4
 
 
 def test_a_module_that_cannot_be_compared_is_no_reason_to_stop(toolkit: Toolkit) -> None:

@@ -32,7 +32,8 @@ class Batch:
         kwargs: Keyword arguments, the adapter's included.
         targets: What came beside the input, on the model's device.
         ids: The token ids ``(rows, tokens)``, where there are any.
-        mask: Attention mask of ``ids``.
+        mask: Which of ``ids`` are no padding, in their shape; a mask of another shape says who may
+            attend to whom, and nothing about padding.
         rows: Rows of the batch.
     """
 
@@ -67,7 +68,7 @@ def prepare(raw: Any, model: nn.Module, adapter: ModelAdapter, *, index: int) ->
         given = {k: v for k, v in raw.items() if k != "labels"}
         targets = (raw["labels"],) if "labels" in raw else ()
         ids = given.get("input_ids")
-        mask = given.get("attention_mask")
+        mask = _padding(given.get("attention_mask"), ids=given.get("input_ids"))
         first = ids if ids is not None else next(iter(given.values()), None)
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = given
@@ -94,6 +95,12 @@ def prepare(raw: Any, model: nn.Module, adapter: ModelAdapter, *, index: int) ->
         mask=_moved(mask, device),
         rows=rows,
     )
+
+
+def _padding(mask: Any, *, ids: Any) -> Tensor | None:
+    if not (isinstance(mask, Tensor) and isinstance(ids, Tensor)):
+        return None
+    return mask if mask.shape == ids.shape else None
 
 
 def _check_ids(ids: Tensor, vocab_size: int, index: int) -> None:

@@ -21,7 +21,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     A ``forward`` that remembers something would otherwise leave torch.fx proxies in the model, one
     that assigns ``weight.data`` tensors without values. Attributes, the containers among them and
-    the memory of parameters and buffers are restored; what is in that memory is not copied.
+    the memory of parameters and buffers are restored; what is in that memory is not copied. Methods
+    that `functools.lru_cache` wraps forget what they computed, as tables of rotary embeddings do.
     """
     tensors = [
         (tensor, tensor.data, tensor.requires_grad)
@@ -48,6 +49,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 tensor.data = data
             if tensor.requires_grad is not learns:
                 tensor.requires_grad_(learns)
+        _forget(model)
         for module, attributes, containers in kept:
             _restore(module.__dict__, attributes)
             for container, content in containers:
@@ -55,6 +57,16 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                     container.clear()
                 else:
                     _restore(container, content)
+
+
+def _forget(model: nn.Module) -> None:
+    """Empty the caches of memoized methods: they may hold tensors without values."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    for cls in classes - set(nn.Module.__mro__):
+        for member in vars(cls).values():
+            clear = getattr(member, "cache_clear", None)
+            if callable(clear):
+                clear()
 
 
 def _same_memory(one: Tensor, two: Tensor) -> bool:

@@ -36,7 +36,7 @@ __all__ = ["NAMES", "WANTED", "Wanted", "entries", "take"]
 WANTED = "bittern_wanted"
 NAMES = (
     *("amax", "amin", "global_amax", "scale", "zero_point", "global_scale"),
-    *("transforms.pre_scale", "transforms.matrix", "transforms.bias"),
+    *("transforms.pre_scale", "transforms.matrix", "transforms.bias", "learned"),
 )
 
 
@@ -138,7 +138,8 @@ def take(layer: ParallelLinear, state_dict: dict[str, Any], prefix: str) -> None
         given = {name: state_dict[base + name] for name in NAMES if base + name in state_dict}
         if not given:
             continue
-        learned = "amax" in quantizer._parameters  # an ordinary parameter, which torch loads
+        # A range that is learned here is a parameter, which torch loads: optimizers know it.
+        learned = quantizer.learned is not None and "learned" in given
         for name in given:
             if not (learned and name == "amax"):
                 del state_dict[base + name]
