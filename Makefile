@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt $(PLUGINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
-		-e '.[test,lint,docs]' -e 'plugins/huggingface[target,data]' -e plugins/kernels \
+		-e '.[test,lint,docs]' -e 'plugins/huggingface[target,data,train]' -e plugins/kernels \
 		-e 'plugins/megatron[target]'
 	touch $@
 

@@ -29,7 +29,7 @@ from bittern.records import CheckpointIO
 from bittern.toolkit import default_toolkit
 from bittern_huggingface.companions import copy_companions
 
-__all__ = ["BESIDE", "checkpoint_io", "inner_model", "restore_loaded", "state_of"]
+__all__ = ["BESIDE", "TENSORS", "checkpoint_io", "inner_model", "restore_loaded", "state_of"]
 
 NAME = "transformers"
 TENSORS = "state.safetensors"
