@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import megatron_models
 from bittern.checkpoint.tensors import load_quantizers, quantizer_tensors
-from bittern.errors import PlanError
+from bittern.errors import CheckpointError, PlanError
 from bittern.nn import named_quant_modules
 from bittern.testing import run_distributed
 from bittern.toolkit import Toolkit
@@ -113,6 +113,7 @@ def on_one(rank: int, world: int, folder: Path) -> dict[str, Any]:
             model = quantized(recipe, folder / "plain")
             save(model, folder / f"{recipe}-one")
             found[recipe] = described(model)
+        toolkit().save(model, folder / "state")
         return found | {"layers": layers(rank)}
 
 
@@ -130,7 +131,10 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
             save(model, folder / f"{recipe}-two")
             found[recipe] = described(model)
         _own_flow(model, folder / "own")
-        return found | {"refused": refusals(rank), "layers": layers(rank)}
+        fresh = gpt()
+        toolkit().restore(fresh, folder / "state")
+        found["restored"] = described(fresh)
+        return found | {"refused": refusals(rank, folder), "layers": layers(rank)}
 
 
 def _own_flow(model: nn.Module, folder: Path) -> None:
@@ -170,7 +174,7 @@ def layers(rank: int) -> dict[str, Tensor]:
     return found
 
 
-def refusals(rank: int) -> dict[str, str]:
+def refusals(rank: int, folder: Path) -> dict[str, str]:
     """Return what two ranks say to what they cannot do."""
     found: dict[str, str] = {}
 
@@ -188,6 +192,9 @@ def refusals(rank: int) -> dict[str, str]:
     def per(granularity: str, **more: Any) -> dict[str, Any]:
         return {"format": "int8", "granularity": granularity, **more}
 
+    with pytest.raises(CheckpointError) as caught:
+        save(gpt(), folder / f"rank-{rank}")
+    found["directories"] = str(caught.value)
     attempt("groups", rule(weight={**GROUPS, "size": 64}))
     attempt("channels", rule(input=per("channel")))
     attempt("dynamic", rule(input=per("tensor", dynamic=True)))
@@ -297,6 +304,14 @@ def test_ranks_agree_on_every_range(runs: dict[str, Any]) -> None:
     assert same(*states) == []
 
 
+def test_what_one_rank_saved_is_restored_on_two(runs: dict[str, Any]) -> None:
+    last = list(RECIPES)[-1]
+    for rank in (0, 1):
+        found, expected = (runs["two"][rank][key] for key in ("restored", f"{last} loaded"))
+        assert same(found["state"], expected["state"]) == []
+        assert torch.equal(found["logits"], expected["logits"])
+
+
 def test_the_users_own_checkpoint_carries_the_quantizers(runs: dict[str, Any]) -> None:
     last = list(RECIPES)[-1]
     assert same(runs["back"]["own"]["state"], runs["back"][f"{last}-two"]["state"]) == []
@@ -311,6 +326,7 @@ def test_the_users_own_checkpoint_carries_the_quantizers(runs: dict[str, Any]) -
         ("dynamic", "would be that of one rank's slice"),
         ("mse", "several ranks hold slices of this weight"),
         ("damaged", "holds NaN or Inf"),
+        ("directories", "the ranks were given different directories"),
     ],
 )
 def test_what_two_ranks_cannot_do_is_an_error_on_both(

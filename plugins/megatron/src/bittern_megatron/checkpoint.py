@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -75,11 +76,11 @@ def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         path: The directory, the same one on all ranks.
 
     Raises:
-        CheckpointError: The model keeps something that is no tensor.
+        CheckpointError: The model keeps something that is no tensor, or the ranks do not name one
+            directory.
     """
-    inner, prefix = unwrapped(model)
-    if inner is None:
-        raise CheckpointError(f"a {type(model).__qualname__} is no model of Megatron-Core")
+    inner, prefix = _inner(model)
+    _check_same(path)
     sharded = entries_of(model)
     parallel = _parallel(inner)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -107,9 +108,7 @@ def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The checkpoint is damaged, or is that of another model.
     """
-    inner, _ = unwrapped(model)
-    if inner is None:
-        raise CheckpointError(f"a {type(model).__qualname__} is no model of Megatron-Core")
+    inner, _ = _inner(model)
     folder = path / FOLDER
     wanted = entries_of(model, folder)
     try:
@@ -135,9 +134,7 @@ def entries_of(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
         CheckpointError: The model keeps something that is no tensor, or the checkpoint does not
             fit it.
     """
-    inner, _ = unwrapped(model)
-    if inner is None:
-        raise CheckpointError(f"a {type(model).__qualname__} is no model of Megatron-Core")
+    inner, _ = _inner(model)
     metadata = ensure_metadata_has_dp_cp_group({} if folder is None else {WANTED: True})
     sharded = inner.sharded_state_dict(metadata=metadata)
     found = {key: value for key, value in sharded.items() if not _is_empty(key, value)}
@@ -153,6 +150,29 @@ def entries_of(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
     _check_fit(entries, index, where=str(folder))
     entries |= {name: replace(index[name]) for name in index if name.startswith(QUANTIZERS)}
     return entries
+
+
+def _inner(model: nn.Module) -> tuple[Any, str]:
+    inner, prefix = unwrapped(model)
+    if inner is None:
+        raise CheckpointError(f"a {type(model).__qualname__} is no model of Megatron-Core")
+    return inner, prefix
+
+
+def _check_same(path: Path) -> None:
+    """Raise on all ranks unless all of them write to one directory."""
+    device = torch.device("cpu")
+    if dist.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    own = crc32(str(path).encode())
+    bounds = torch.tensor([own, -own], device=device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    if int(bounds[0]) != own or int(bounds[1]) != -own:
+        raise CheckpointError(
+            "the ranks were given different directories, and each would write a part",
+            where=str(path),
+            hint="give the same path on all ranks, on a file system that they share",
+        )
 
 
 def _is_empty(key: str, value: object) -> bool:
