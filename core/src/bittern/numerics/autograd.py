@@ -90,8 +90,9 @@ def learned_range(x: Tensor, amax: Tensor, spec: QuantizerSpec) -> Tensor:
     with torch.no_grad():
         scales: Scales = scales_for(Range(amax), spec)
         exact = fake_quantize(x, spec, scales)
-        low, high = codec.min_value * scales.step, codec.max_value * scales.step
-        inside = _inside(x, Range(high, amin=low), granularity)
+        # from amax, not from the step: the largest element of a tensor lies exactly on the border
+        low = codec.min_value / codec.max_value * amax
+        inside = _inside(x, Range(amax, amin=low), granularity)
     passed = torch.where(inside, x, 0.0)
     with torch.no_grad():
         divisor = torch.where(amax == 0, torch.ones_like(amax), amax)
