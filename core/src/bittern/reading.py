@@ -115,31 +115,34 @@ def read_json(
     limit: int = JSON_LIMIT,
     within: Path | None = None,
     hint: str | None = None,
+    strict: bool = True,
 ) -> Any:
     """Return the data of a JSON file, see `read_bytes` and `parse_json`."""
     data = read_bytes(path, error=error, limit=limit, within=within, hint=hint)
-    return parse_json(data, error=error, where=str(path))
+    return parse_json(data, error=error, where=str(path), strict=strict)
 
 
-def parse_json(data: bytes, *, error: Error, where: str) -> Any:
-    """Return the data of a JSON text, by the letter of RFC 8259.
+def parse_json(data: bytes, *, error: Error, where: str, strict: bool = True) -> Any:
+    """Return the data of a JSON text.
+
+    Args:
+        data: The text.
+        error: Kind of error to raise.
+        where: The file, for errors.
+        strict: By the letter of RFC 8259, as we write it; other people's files hold NaN, Infinity
+            and keys that are there twice.
 
     Raises:
-        BitternError: Of the kind ``error``: no JSON or no UTF-8; a key twice in one object; NaN,
-            Infinity or a number that becomes it; an integer of more than 64 bits; half a surrogate
-            pair; nested too deeply; or so many values that parsing would fill the memory.
+        BitternError: Of the kind ``error``: no JSON or no UTF-8; half a surrogate pair; nested too
+            deeply; or so many values that parsing would fill the memory. Where ``strict``: a key
+            twice in one object; NaN, Infinity or a number that becomes it; an integer of more than
+            64 bits.
     """
     if sum(data.count(mark) for mark in (b"{", b"[", b",", b":")) > JSON_MARKS:
         raise error("holds more values than such a file can have", where=where)
     try:
         text = data.decode("utf-8")
-        found = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_constant=_constant,
-            parse_int=_integer,
-            parse_float=_float,
-        )
+        found = json.loads(text, **(_STRICT if strict else {}))
         if _LONE_SURROGATE.search(text) is not None:
             json.dumps(found, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as problem:
@@ -178,6 +181,14 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:24]} is too large")
     return value
+
+
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _object,
+    "parse_constant": _constant,
+    "parse_int": _integer,
+    "parse_float": _float,
+}
 
 
 def inner_path(directory: Path, name: object, *, error: Error) -> Path:

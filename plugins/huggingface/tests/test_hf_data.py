@@ -90,7 +90,7 @@ def test_datasets_specs_are_read_by_the_datasets_library(tmp_path: Path, model: 
         ("a.txt", b"   \n", "no usable text"),
         ("a.txt", b"\xff\xfe\x00", "UTF-8"),
         ("a.jsonl", b"{}\n", "line 1 has no text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text"\n', "line 2: not JSON"),
         ("a.npy", b"nonsense", r"not a \.npy"),
     ],
 )

@@ -75,7 +75,7 @@ def _config(path: Path) -> dict[str, Any] | None:
     file = path / "config.json"
     if not file.exists() and not file.is_symlink():
         return None
-    data = read_json(file, error=ModelError)
+    data = read_json(file, error=ModelError, strict=False)
     if not isinstance(data, dict):
         raise ModelError("is not a JSON object", where=str(file))
     return data

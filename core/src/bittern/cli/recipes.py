@@ -85,12 +85,10 @@ def _resolved(app: App, name: str) -> dict[str, Any]:
 
 
 def _source(app: App, name: str) -> dict[str, Any]:
-    from bittern.config import read_source
+    from bittern.config import parse_yaml, read_recipe_text, read_source
 
     if not name.endswith((".yaml", ".yml")):
         return read_source(app.toolkit.registry.recipes.get(name))
-    import yaml
-
     app.toolkit.recipe(name)  # a malformed file is an error here too
-    found: dict[str, Any] = yaml.safe_load(Path(name).read_text(encoding="utf-8")) or {}
+    found: dict[str, Any] = parse_yaml(read_recipe_text(Path(name))) or {}
     return found

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from bittern.config.schema import (
@@ -19,6 +18,7 @@ from bittern.config.schema import (
     SpecModel,
     as_algorithms,
 )
+from bittern.config.text import parse_yaml, read_recipe_text
 from bittern.errors import RecipeError
 from bittern.records import RecipeSource
 
@@ -91,9 +91,9 @@ def parse_override(text: str) -> tuple[list[str], Any]:
             hint="write -o strict=false, or rules.0.input=fp8",
         )
     try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the override {text!r} is not YAML: {_first_line(error)}") from error
+        return key.strip().split("."), parse_yaml(value)
+    except RecipeError as error:
+        raise RecipeError(f"the override {text[:200]!r}: {error.what}") from error
 
 
 def _read(recipe: str | Path | Mapping[str, Any], lookup: Lookup) -> tuple[dict[str, Any], str]:
@@ -102,23 +102,15 @@ def _read(recipe: str | Path | Mapping[str, Any], lookup: Lookup) -> tuple[dict[
     text = str(recipe)
     if isinstance(recipe, Path) or text.endswith((".yaml", ".yml")):
         path = Path(recipe)
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise RecipeError(
-                f"the recipe file {path} cannot be read: {why}",
-                hint="give a name from `bittern recipes`, or the path of a YAML file",
-            ) from error
-        return {"name": path.stem, **_parse(content, text)}, text
+        return {"name": path.stem, **_parse(read_recipe_text(path), text)}, text
     return read_source(lookup(text)), text
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"not YAML: {_first_line(error)}", where=where) from error
+        data = parse_yaml(text)
+    except RecipeError as error:
+        raise RecipeError(error.what, where=where) from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -128,10 +120,6 @@ def _parse(text: str, where: str) -> dict[str, Any]:
             hint="start with `extends: base` and `rules:`",
         )
     return data
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _extended(

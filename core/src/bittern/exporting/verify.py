@@ -52,7 +52,7 @@ def _exporter(path: Path, record: ExportRecord | None, registry: Registry) -> Ex
     config = path / "config.json"
     method = None
     if config.exists() or config.is_symlink():
-        data = read_json(config, error=VerificationError)
+        data = read_json(config, error=VerificationError, strict=False)
         settings = data.get("quantization_config") if isinstance(data, dict) else None
         method = settings.get("quant_method") if isinstance(settings, dict) else None
     if not isinstance(method, str) or method not in registry.exporters:

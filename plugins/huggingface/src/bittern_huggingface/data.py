@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from bittern.errors import DataError
+from bittern.reading import parse_json
 from bittern.records import DataConfig
 from bittern_huggingface.loading import source_of
 
@@ -97,9 +97,9 @@ def _check_vocabulary(rows: Tensor, model: nn.Module, source: str) -> None:
 
 def _array(path: Path, config: DataConfig) -> Tensor:
     _check_file(path)
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    try:  # mapped: a header may claim more than the file holds; no archive, no pickle
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy raises many kinds for a header that is none
         raise DataError(f"not a .npy file: {error}", where=str(path)) from error
     if not np.issubdtype(array.dtype, np.integer):
         raise DataError(
@@ -112,8 +112,7 @@ def _array(path: Path, config: DataConfig) -> Tensor:
         array = array[: len(array) // max(length, 1) * length].reshape(-1, max(length, 1))
     if array.ndim != 2:
         raise DataError(f"expected rows x tokens, got the shape {array.shape}", where=str(path))
-    if config.seq_len is not None:
-        array = array[:, : config.seq_len]
+    array = array[: config.samples, : config.seq_len]
     return torch.from_numpy(array.astype(np.int64))
 
 
@@ -133,14 +132,14 @@ def _text(path: Path) -> Iterable[str]:
 def _lines(path: Path) -> Iterable[str]:
     _check_file(path)
     texts = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"line {number} is not JSON: {error}", where=str(path)) from error
+                record = parse_json(line, error=DataError, where=str(path), strict=False)
+            except DataError as error:
+                raise DataError(f"line {number}: {error.what}", where=str(path)) from error
             text = record.get("text") if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise DataError(
@@ -226,7 +225,7 @@ def _tokenizer(model: nn.Module) -> Any:
         else getattr(getattr(model, "config", None), "name_or_path", "")
     )
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             "the model has no tokenizer to read text with",

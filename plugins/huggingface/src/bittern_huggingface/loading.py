@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import transformers
 from torch import nn
 
 from bittern.errors import ModelError
+from bittern.reading import read_json
 from bittern.records import LoadConfig
 
 __all__ = ["Source", "load_model", "source_of"]
@@ -71,10 +71,26 @@ def load_model(source: str, config: LoadConfig) -> nn.Module | None:
         raise ModelError(f"{dtype!r} is not a dtype", hint="use auto, float32, bfloat16 or float16")
     else:
         dtype = getattr(torch, dtype)
+    model = _make(settings, source, dtype)
+    checkpoint_dtype = settings.dtype
+    name = None if checkpoint_dtype is None else str(checkpoint_dtype).removeprefix("torch.")
+    setattr(model, _SOURCE, Source(source, name))
+    model = model.to(device).eval()
+    _quantize_as_saved(model, path)
+    return model  # type: ignore[no-any-return]
+
+
+def _make(settings: Any, source: str, dtype: Any) -> Any:
+    """Make the model with its weights; without, where they are packed and in our file."""
+    from bittern_huggingface.state import is_packed_state
+
+    cls = _class_for(settings)
+    if is_packed_state(Path(source)):
+        dtype = settings.dtype if dtype == "auto" else dtype
+        make = getattr(cls, "from_config", None) or cls._from_config  # of Auto classes, of models
+        return make(settings, dtype=dtype)
     try:
-        model, info = _class_for(settings).from_pretrained(
-            source, dtype=dtype, output_loading_info=True
-        )
+        model, info = cls.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except MemoryError:
         raise
     except Exception as error:  # transformers raises many kinds for a bad checkpoint
@@ -90,12 +106,7 @@ def load_model(source: str, config: LoadConfig) -> nn.Module | None:
             where=source,
             hint="download it again; transformers would run them with random values",
         )
-    checkpoint_dtype = settings.dtype
-    name = None if checkpoint_dtype is None else str(checkpoint_dtype).removeprefix("torch.")
-    setattr(model, _SOURCE, Source(source, name))
-    model = model.to(device).eval()
-    _quantize_as_saved(model, path)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _quantize_as_saved(model: nn.Module, path: Path) -> None:
@@ -117,16 +128,13 @@ def _check_directory(path: Path) -> None:
             where=str(path),
             hint="make the model, and call bittern.restore(model, path)",
         )
-    if not file.is_file():
+    if not file.exists():
         raise ModelError(
             "there is no config.json in this directory",
             where=str(path),
             hint="give a directory that save_pretrained wrote, or a hub name",
         )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"config.json is not JSON: {error}", where=str(path)) from error
+    settings = read_json(file, error=ModelError, strict=False)
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise ModelError(
             "config.json names no model_type", where=str(path), hint="is this a model's directory?"
@@ -135,7 +143,7 @@ def _check_directory(path: Path) -> None:
 
 def _read_config(source: str) -> Any:
     try:
-        return transformers.AutoConfig.from_pretrained(source)
+        return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         text = _first_line(error)
         if "trust_remote_code" in str(error):
@@ -156,8 +164,8 @@ def _read_config(source: str) -> Any:
 def _class_for(settings: Any) -> Any:
     """Return the class that config.json names; without one, the causal LM of the model type."""
     for name in settings.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None:
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     known = type(settings) in mapping.keys()  # noqa: SIM118 - a lazy mapping without __contains__

@@ -20,13 +20,17 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    config = transformers.AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     cls = next(
         (c for n in config.architectures or () if (c := getattr(transformers, n, None))),
         transformers.AutoModelForCausalLM,
     )
     model, info = cls.from_pretrained(
-        checkpoint, dtype=getattr(torch, request["dtype"]), output_loading_info=True
+        checkpoint,
+        dtype=getattr(torch, request["dtype"]),
+        output_loading_info=True,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     model = model.to(device).eval()
     answer = {

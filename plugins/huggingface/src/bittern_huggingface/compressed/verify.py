@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -13,12 +12,12 @@ import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from compressed_tensors.utils.match import match_name
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bittern.errors import VerificationError
 from bittern.exporting import ExportRecord, Probe, checksum
 from bittern.exporting.plain import compare_checksums
+from bittern.reading import load_tensors, read_json
 from bittern.records import Finding, Verification
 from bittern_huggingface.compressed.reload import HALF_PRECISION_TOLERANCE, TOLERANCE, ask_client
 
@@ -85,9 +84,9 @@ def verify(path: Path, record: ExportRecord | None) -> Verification:
 def _config(path: Path) -> QuantizationConfig:
     file = path / "config.json"
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))["quantization_config"]
+        data = read_json(file, error=VerificationError, strict=False)["quantization_config"]
         return QuantizationConfig(**data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
         raise VerificationError(
             f"no usable quantization_config: {type(error).__name__}: {error}",
             where=str(file),
@@ -103,11 +102,9 @@ def _load(path: Path) -> tuple[dict[str, Tensor], list[Finding]]:
         findings.append(Finding("*.safetensors", "there is none", AGAIN))
     for file in files:
         try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - not a mapping
-                    tensors[name] = handle.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            findings.append(Finding(file.name, f"cannot be read: {error}", AGAIN))
+            tensors |= load_tensors(file, error=VerificationError)
+        except VerificationError as error:
+            findings.append(Finding(file.name, error.what, AGAIN))
     return tensors, findings
 
 
