@@ -21,4 +21,9 @@ class TestModes(ModeConformance):
     hooks = "bittern.builtin.hooks"
 
     def cases(self) -> list[ModeCase]:
-        return [ModeCase("quantize", options={"recipe": RECIPE}, data=batches)]
+        quantize = ("quantize", {"recipe": RECIPE})
+        return [
+            ModeCase("quantize", options={"recipe": RECIPE}, data=batches),
+            ModeCase("fold", before=[quantize], data=batches),
+            ModeCase("compress", before=[quantize], data=batches),
+        ]

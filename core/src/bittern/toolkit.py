@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bittern.runtime import Data, Progress
     from bittern.tracing import GraphCollection, SymMap, Trace
 
-__all__ = ["Toolkit", "default_toolkit"]
+__all__ = ["Toolkit", "default_toolkit", "toolkit_or_default"]
 
 
 class Toolkit:
@@ -208,8 +208,12 @@ class Toolkit:
 
     def convert(self, model: nn.Module, plan: Plan) -> None:
         """Swap classes and attach quantizers, in place."""
-        from bittern.convert import convert
+        from bittern.convert import convert, modes_of
+        from bittern.modes.apply import check_next
 
+        if before := modes_of(model):
+            modes = self.registry.modes
+            check_next(before, modes.get("quantize"), modes)
         convert(model, plan, self.registry)
         self.plugins.notify("after_convert", model=model, plan=plan)
 
@@ -418,12 +422,26 @@ class Toolkit:
             progress=progress if progress is not None else SILENT,
         )
 
-    def save(self, model: nn.Module, path: str | Path, *, state_only: bool = False) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        path: str | Path,
+        *,
+        state_only: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         """Save what was done to a model, and its tensors."""
         from bittern.checkpoint import save_state
 
         io = self.plugins.first("resolve_checkpoint_io", model=model, path=Path(path))
-        save_state(model, Path(path), modes=self.registry.modes, io=io, state_only=state_only)
+        save_state(
+            model,
+            Path(path),
+            modes=self.registry.modes,
+            io=io,
+            state_only=state_only,
+            replace=overwrite,
+        )
 
     def restore(self, model: nn.Module, path: str | Path) -> None:
         """Restore a saved state into a fresh model."""
@@ -449,3 +467,8 @@ class Toolkit:
 def default_toolkit() -> Toolkit:
     """Return the Toolkit of the plain functions, made on first use from the environment."""
     return Toolkit()
+
+
+def toolkit_or_default(toolkit: Toolkit | None) -> Toolkit:
+    """Return a Toolkit, the default one for ``None``."""
+    return toolkit if toolkit is not None else default_toolkit()

@@ -68,7 +68,7 @@ def register_formats() -> tuple[NumberFormat, ...]:
 
 @hookimpl
 def register_modes() -> list[Mode]:
-    """Quantization."""
+    """Quantize, fold, compress."""
     return [
         Mode(
             name="quantize",
@@ -78,6 +78,23 @@ def register_modes() -> list[Mode]:
             metadata="bittern.modes.quantize:metadata",
             exclusive=True,
             description="plan, convert and calibrate by a recipe",
+        ),
+        Mode(
+            name="fold",
+            convert="bittern.modes.fold:convert",
+            restore="bittern.modes.fold:restore",
+            config="bittern.modes.fold:FoldConfig",
+            next_modes=frozenset(),
+            exclusive=True,
+            description="weights hold what their quantizers make of them",
+        ),
+        Mode(
+            name="compress",
+            convert="bittern.modes.compress:convert",
+            restore="bittern.modes.compress:restore",
+            next_modes=frozenset(),
+            exclusive=True,
+            description="quantized weights are held as codes and scales",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""The public functions: each calls the method of the default Toolkit with the same name."""
+"""Look at a model, quantize it, measure it, write it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bittern.toolkit import Toolkit, default_toolkit
+from bittern.toolkit import Toolkit, toolkit_or_default
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bittern.config import RecipeLike
     from bittern.records import (
-        AppliedMode,
         CalibrationSummary,
         DataConfig,
         Evaluation,
@@ -28,25 +27,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "analyze_symbols",
-    "apply_mode",
     "calibrate",
     "evaluate",
     "export",
     "load",
-    "modes_of",
     "plan",
     "quantize",
     "recursive_trace",
-    "restore",
     "revert",
-    "save",
     "trace",
     "verify",
 ]
-
-
-def _toolkit(toolkit: Toolkit | None) -> Toolkit:
-    return toolkit if toolkit is not None else default_toolkit()
 
 
 def load(
@@ -62,7 +53,7 @@ def load(
     Raises:
         ModelError: It cannot be loaded, or is no model.
     """
-    return _toolkit(toolkit).load(source, config)
+    return toolkit_or_default(toolkit).load(source, config)
 
 
 def trace(model: nn.Module, example_inputs: Any = None, *, toolkit: Toolkit | None = None) -> Trace:
@@ -83,7 +74,7 @@ def trace(model: nn.Module, example_inputs: Any = None, *, toolkit: Toolkit | No
     Raises:
         TraceError: There are no example inputs, or nothing runs with them.
     """
-    return _toolkit(toolkit).trace(model, example_inputs)
+    return toolkit_or_default(toolkit).trace(model, example_inputs)
 
 
 def recursive_trace(
@@ -99,7 +90,7 @@ def recursive_trace(
         concrete_args: Arguments of the model's ``forward`` that are not symbolic.
         toolkit: Plugins to use; they name modules that are not looked into.
     """
-    return _toolkit(toolkit).recursive_trace(model, concrete_args)
+    return toolkit_or_default(toolkit).recursive_trace(model, concrete_args)
 
 
 def analyze_symbols(
@@ -115,7 +106,7 @@ def analyze_symbols(
         concrete_args: Arguments of the model's ``forward`` that are not symbolic.
         toolkit: Plugins to use; they say which dimensions module classes have.
     """
-    return _toolkit(toolkit).analyze_symbols(model, concrete_args)
+    return toolkit_or_default(toolkit).analyze_symbols(model, concrete_args)
 
 
 def plan(
@@ -137,7 +128,7 @@ def plan(
         RecipeError: The recipe is unknown, malformed, or does not fit the model.
         PlanError: Nothing would be quantized.
     """
-    return _toolkit(toolkit).plan(model, recipe, overrides=overrides)
+    return toolkit_or_default(toolkit).plan(model, recipe, overrides=overrides)
 
 
 def quantize(
@@ -168,7 +159,7 @@ def quantize(
     Raises:
         BitternError: Bad recipe, data or weights; the model is then what it was.
     """
-    return _toolkit(toolkit).quantize(
+    return toolkit_or_default(toolkit).quantize(
         model, recipe, data, overrides=overrides, config=config, progress=progress
     )
 
@@ -195,9 +186,16 @@ def calibrate(
     """
     from bittern.convert import plan_of
 
-    tools = _toolkit(toolkit)
+    tools = toolkit_or_default(toolkit)
     batches = tools.data(data, model, config) if data is not None else None
     return tools.calibrate(model, plan_of(model), batches, progress=progress)
+
+
+def revert(model: nn.Module) -> None:
+    """Give a quantized model its original classes back, in place."""
+    from bittern.convert import revert as undo
+
+    undo(model)
 
 
 def evaluate(
@@ -225,7 +223,7 @@ def evaluate(
     Raises:
         DataError: There is no usable batch.
     """
-    return _toolkit(toolkit).evaluate(
+    return toolkit_or_default(toolkit).evaluate(
         model, data, config=config, reference=reference, layers=layers, progress=progress
     )
 
@@ -256,7 +254,7 @@ def export(
         OutputError: The directory cannot be used.
         VerificationError: What was written does not compute what the model does.
     """
-    return _toolkit(toolkit).export(
+    return toolkit_or_default(toolkit).export(
         model, path, format=format, verify=verify, data=data, progress=progress
     )
 
@@ -274,90 +272,4 @@ def verify(
     Raises:
         VerificationError: It is no checkpoint, or no client can run here.
     """
-    return _toolkit(toolkit).verify(path, client)
-
-
-def apply_mode(
-    model: nn.Module,
-    mode: str,
-    config: Mapping[str, Any] | None = None,
-    *,
-    data: Data | str | Path | None = None,
-    data_config: DataConfig | None = None,
-    progress: Progress | None = None,
-    toolkit: Toolkit | None = None,
-) -> AppliedMode:
-    """Apply an optimization step to a model, in place, and put it on the model's stack of modes.
-
-    Args:
-        model: Any PyTorch model.
-        mode: Name of the mode: ``quantize``, or a plugin's.
-        config: Its options.
-        data: As for `quantize`, for modes that need data.
-        data_config: How a path is read.
-        progress: Shows where long work is.
-        toolkit: Plugins to use; all that are installed by default.
-
-    Raises:
-        PlanError: No such mode or option, or it may not follow the modes that were applied; the
-            structure of the model is then what it was.
-    """
-    return _toolkit(toolkit).apply_mode(
-        model, mode, config, data=data, data_config=data_config, progress=progress
-    )
-
-
-def modes_of(model: nn.Module) -> tuple[AppliedMode, ...]:
-    """Return what was done to a model, the first step first.
-
-    Args:
-        model: A model, a copy of it, or what wraps it (DDP, ``torch.compile``, peft).
-    """
-    from bittern.convert import modes_of
-
-    return modes_of(model)
-
-
-def save(
-    model: nn.Module,
-    path: str | Path,
-    *,
-    state_only: bool = False,
-    toolkit: Toolkit | None = None,
-) -> None:
-    """Save a quantized model: weights, ranges and a manifest of what was done. Never pickle.
-
-    Args:
-        model: A quantized model, or what wraps it.
-        path: A directory that is empty or not there.
-        state_only: Whether only the quantizers' state is saved, beside weights that somebody else
-            keeps.
-        toolkit: Plugins to use; all that are installed by default.
-
-    Raises:
-        PlanError: The model is not quantized.
-        OutputError: The directory cannot be used.
-    """
-    _toolkit(toolkit).save(model, path, state_only=state_only)
-
-
-def restore(model: nn.Module, path: str | Path, *, toolkit: Toolkit | None = None) -> None:
-    """Quantize a fresh model as a saved one was, in place, with bit-identical outputs.
-
-    Args:
-        model: A model of the saved one's architecture.
-        path: What `save` wrote.
-        toolkit: Plugins to use; all that are installed by default.
-
-    Raises:
-        CheckpointError: The state is damaged, needs a plugin that is missing, or does not fit the
-            model; the model is then what it was.
-    """
-    _toolkit(toolkit).restore(model, path)
-
-
-def revert(model: nn.Module) -> None:
-    """Give a quantized model its original classes back, in place."""
-    from bittern.convert import revert as undo
-
-    undo(model)
+    return toolkit_or_default(toolkit).verify(path, client)
