@@ -45,6 +45,12 @@ def leave_groups() -> None:
         dist.destroy_process_group()
 
 
+def regroup(tensor: int = 1, pipeline: int = 1) -> None:
+    """Make Megatron's process groups anew."""
+    parallel_state.destroy_model_parallel()
+    ensure_groups(tensor, pipeline)
+
+
 @contextmanager
 def on_cpu() -> Iterator[None]:
     """Let Megatron-Core run without CUDA."""
@@ -84,15 +90,19 @@ def config(**changes: Any) -> TransformerConfig:
 
 
 def gpt(**changes: Any) -> GPTModel:
-    """Return a GPT of two layers, the weights of which are those of seed 0."""
+    """Return a GPT of two layers, or this rank's stage of it, with the weights of seed 0."""
     ensure_groups()
     torch.manual_seed(0)
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     return GPTModel(
-        config(**changes),
+        config(pipeline_model_parallel_size=stages, pipeline_dtype=torch.float32, **changes),
         get_gpt_layer_local_spec(changes.get("num_moe_experts"), normalization="RMSNorm"),
         vocab_size=VOCABULARY,
         max_sequence_length=32,
         position_embedding_type="rope",
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
     ).eval()
 
 

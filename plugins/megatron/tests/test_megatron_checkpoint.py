@@ -158,6 +158,25 @@ def test_a_wrapper_changes_no_name(model: nn.Module, toolkit: Toolkit, tmp_path:
     assert torch.equal(fresh(**batch(1)), model(**batch(1)))
 
 
+@torch.no_grad()
+def test_every_expert_keeps_its_own_ranges(toolkit: Toolkit, tmp_path: Path) -> None:
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2}
+    model, fresh = gpt(**experts), gpt(**experts)
+    toolkit.quantize(model, "int8-weight-only")
+    toolkit.save(model, tmp_path / "state")
+    for parameter in fresh.parameters():
+        parameter.fill_(0.25)
+    toolkit.restore(fresh, tmp_path / "state")
+    found, expected = quantizer_tensors(fresh), quantizer_tensors(model)
+    name = (
+        "bittern.quantizers/decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc2.weight/amax"
+    )
+    assert len({expected[name.format(i, j)].sum().item() for i in (0, 1) for j in range(4)}) == 8
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(map(torch.equal, fresh.parameters(), model.parameters()))
+
+
 def test_what_only_a_pickle_could_hold_is_refused(tmp_path: Path) -> None:
     model = gpt()
     layer = model.decoder.layers[0].mlp.linear_fc2

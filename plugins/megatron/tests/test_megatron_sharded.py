@@ -1,8 +1,8 @@
 """A model on two tensor-parallel ranks is the model on one: quantized, saved, loaded.
 
-Four processes in all, for the whole file: one rank, two ranks that load what it saved, one rank
-that loads what the two saved. Floating-point sums are made in another order by two ranks, so
-outputs are compared bit by bit between runs of the same number of ranks.
+Four processes in all, for the whole file: one rank, two ranks that load what it saved (as slices,
+then as pipeline stages), one rank that loads what the two saved. Floating-point sums are made in
+another order by two ranks, so outputs are compared bit by bit between runs of the same number.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def save(model: nn.Module, folder: Path) -> None:
     checkpoint.save(model, quantizer_tensors(model), folder)
 
 
-def loaded(recipe: str, folder: Path) -> nn.Module:
+def loaded(recipe: Any, folder: Path) -> nn.Module:
     """Return a model with other weights, into which a checkpoint was loaded."""
     from bittern_megatron import checkpoint
 
@@ -89,7 +89,7 @@ def loaded(recipe: str, folder: Path) -> nn.Module:
     for parameter in model.parameters():
         parameter.fill_(0.5)
     kit = toolkit()
-    kit.convert(model, kit.plan(model, RECIPES[recipe]))
+    kit.convert(model, kit.plan(model, recipe))
     load_quantizers(model, checkpoint.load(model, folder))
     return model
 
@@ -120,11 +120,13 @@ def on_one(rank: int, world: int, folder: Path) -> dict[str, Any]:
 @torch.no_grad()
 def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
     """Load what one rank saved, and save it; quantize on two ranks, and save that."""
+    from bittern_megatron import checkpoint
+
     megatron_models.ensure_groups(tensor=2)
     with megatron_models.on_cpu():
         found: dict[str, Any] = {}
-        for recipe in RECIPES:
-            model = loaded(recipe, folder / f"{recipe}-one")
+        for recipe, rules in RECIPES.items():
+            model = loaded(rules, folder / f"{recipe}-one")
             save(model, folder / f"{recipe}-one-two")
             found[f"{recipe} loaded"] = described(model)
             model = quantized(recipe, folder / "plain")
@@ -134,7 +136,15 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
         fresh = gpt()
         toolkit().restore(fresh, folder / "state")
         found["restored"] = described(fresh)
-        return found | {"refused": refusals(rank, folder), "layers": layers(rank)}
+        found |= {"refused": refusals(rank, folder), "layers": layers(rank)}
+        megatron_models.regroup(pipeline=2)
+        mixed = {**RECIPES["mixed"], "skip": [{"role": "head"}, "decoder.layers.0.mlp.*"]}
+        staged = loaded(mixed if rank == 1 else "int8", folder / "mixed-one")
+        save(staged, folder / "mixed-stages")
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.save(staged, {"bittern.quantizers/norm.input/amax": torch.ones(())}, folder)
+        found["refused"]["stages"] = str(caught.value)
+        return found
 
 
 def _own_flow(model: nn.Module, folder: Path) -> None:
@@ -213,9 +223,11 @@ def back_on_one(rank: int, world: int, folder: Path) -> dict[str, Any]:
     megatron_models.ensure_groups()
     with megatron_models.on_cpu():
         found = {}
-        for recipe in RECIPES:
+        for recipe, rules in RECIPES.items():
             for kind in ("one-two", "two"):
-                found[f"{recipe}-{kind}"] = described(loaded(recipe, folder / f"{recipe}-{kind}"))
+                path = folder / f"{recipe}-{kind}"
+                found[path.name] = described(loaded(rules, path))
+        found["stages"] = described(loaded(RECIPES["mixed"], folder / "mixed-stages"))
         last = list(RECIPES)[-1]
         model = gpt()
         kit = toolkit()
@@ -304,6 +316,12 @@ def test_ranks_agree_on_every_range(runs: dict[str, Any]) -> None:
     assert same(*states) == []
 
 
+def test_two_pipeline_stages_and_back_change_no_bit(runs: dict[str, Any]) -> None:
+    found, expected = runs["back"]["stages"], runs["one"]["mixed"]
+    assert same(found["state"], expected["state"]) == []
+    assert torch.equal(found["logits"], expected["logits"])
+
+
 def test_what_one_rank_saved_is_restored_on_two(runs: dict[str, Any]) -> None:
     last = list(RECIPES)[-1]
     for rank in (0, 1):
@@ -326,6 +344,7 @@ def test_the_users_own_checkpoint_carries_the_quantizers(runs: dict[str, Any]) -
         ("dynamic", "would be that of one rank's slice"),
         ("mse", "several ranks hold slices of this weight"),
         ("damaged", "holds NaN or Inf"),
+        ("stages", "a pipeline stage counts its layers from 0"),
         ("directories", "the ranks were given different directories"),
     ],
 )

@@ -82,13 +82,7 @@ def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     inner, prefix = _inner(model)
     _check_same(path)
     sharded = entries_of(model)
-    parallel = _parallel(inner)
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    ranks = (0, parallel_state.get_tensor_model_parallel_rank(), get_pg_rank(group))
-    for name, value in tensors.items():
-        module = _module_of(name).removeprefix(prefix)
-        if not any(module.startswith(path) for path in parallel):
-            sharded[name] = ShardedTensor.from_rank_offsets(name, value, replica_id=ranks)
+    sharded |= _others(tensors, _parallel(inner), prefix)
     folder = path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -108,7 +102,7 @@ def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The checkpoint is damaged, or is that of another model.
     """
-    inner, _ = _inner(model)
+    inner, prefix = _inner(model)
     folder = path / FOLDER
     wanted = entries_of(model, folder)
     try:
@@ -117,7 +111,7 @@ def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"it cannot be loaded: {error}", where=str(folder)) from error
     names = _names(inner)
     ours = [key for key in found if key in names or key.startswith(QUANTIZERS)]
-    quantizers = {names.get(key, key): found.pop(key) for key in ours}
+    quantizers = {_put_before(names.get(key, key), prefix=prefix): found.pop(key) for key in ours}
     inner.load_state_dict(found)
     return quantizers
 
@@ -220,9 +214,33 @@ def _check_fit(
         )
 
 
-def _module_of(name: str) -> str:
-    """Return ``module.slot`` of ``bittern.quantizers/module.slot/amax``, with a final dot."""
-    return name.removeprefix(QUANTIZERS).rpartition("/")[0] + "."
+def _others(
+    tensors: Mapping[str, Tensor], parallel: tuple[str, ...], prefix: str
+) -> dict[str, ShardedTensor]:
+    """Return entries for the quantizers of layers that are the same on all tensor-parallel ranks.
+
+    Raises:
+        CheckpointError: The ranks hold different layers under one name.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    ranks = (0, parallel_state.get_tensor_model_parallel_rank(), get_pg_rank(group))
+    found: dict[str, ShardedTensor] = {}
+    for name, value in tensors.items():
+        local = name.removeprefix(QUANTIZERS).removeprefix(prefix)
+        if not local.replace("/", ".").startswith(parallel):
+            key = f"{QUANTIZERS}{local}"
+            found[key] = ShardedTensor.from_rank_offsets(key, value, replica_id=ranks)
+    if found and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        raise CheckpointError(
+            "a pipeline stage counts its layers from 0, so the name says not which layer it is",
+            where=next(iter(found)),
+            hint="quantize only parallel linear layers, or save with one pipeline stage",
+        )
+    return found
+
+
+def _put_before(name: str, *, prefix: str) -> str:
+    return f"{QUANTIZERS}{prefix}{name.removeprefix(QUANTIZERS)}"
 
 
 def _parallel(inner: nn.Module) -> tuple[str, ...]:
