@@ -272,5 +272,31 @@ def test_a_state_without_a_config_says_what_to_do(tmp_path: Path) -> None:
         bt.load(str(tmp_path / "state"))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_weights_are_saved_packed_and_loaded_so(tied: bool, tmp_path: Path) -> None:
+    def make() -> Any:
+        return llama(tie_word_embeddings=tied)
+
+    model = quantized(make, "int4")
+    bt.save(model, tmp_path / "plain")
+    bt.apply_mode(model, "compress")
+    expected = logits(model)
+    bt.save(model, tmp_path / "packed")
+    assert size(tmp_path / "packed") < 0.5 * size(tmp_path / "plain")
+
+    fresh = different(make)
+    bt.restore(fresh, tmp_path / "packed")
+    assert torch.equal(logits(fresh), expected)
+    loaded = bt.load(str(tmp_path / "packed"))
+    assert torch.equal(logits(loaded), expected)
+    assert [mode.name for mode in bt.modes_of(loaded)] == ["quantize", "compress"]
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
 def test_other_models_are_left_to_core() -> None:
     assert checkpoint_io(nn.Linear(2, 2)) is None

@@ -3,10 +3,14 @@
 A saved directory is what ``save_pretrained`` writes, and two files of ours: ``manifest.json`` says
 what was done to the model, ``state.safetensors`` holds what the quantizers found out. transformers
 reads the plain model from it and does not look at ours.
+
+A model with packed weights has no plain ones that transformers could read. Then all its tensors are
+in ``state.safetensors``, and only the config is beside it.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping
 from functools import reduce
@@ -19,17 +23,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern.checkpoint import restore_state
-from bittern.checkpoint.tensors import own_names, own_tensors
-from bittern.convert import plain_name
+from bittern.checkpoint.tensors import own_names, own_tensors, split, unaliased
+from bittern.convert import unwrapped
 from bittern.errors import CheckpointError
 from bittern.modes import ModeContext
-from bittern.nn import original_class
+from bittern.nn import QuantModule, original_class
+from bittern.nn.packed import PackedWeight
 from bittern.reading import load_tensors
 from bittern.records import CheckpointIO
 from bittern.toolkit import default_toolkit
 from bittern_huggingface.companions import copy_companions
 
-__all__ = ["BESIDE", "TENSORS", "checkpoint_io", "inner_model", "restore_loaded", "state_of"]
+__all__ = [
+    "BESIDE",
+    "TENSORS",
+    "checkpoint_io",
+    "inner_model",
+    "is_packed_state",
+    "restore_loaded",
+    "state_of",
+]
 
 NAME = "transformers"
 TENSORS = "state.safetensors"
@@ -39,8 +52,8 @@ BESIDE = "bittern"  # where a directory of somebody else's keeps the state of it
 def checkpoint_io(model: nn.Module) -> CheckpointIO | None:
     """Return what saves and loads ``model``; ``None`` where transformers' own files cannot hold it.
 
-    They hold plain tensors under the names of the architecture: no packed weights, no shards of
-    them, no adapters. Core's own file holds those.
+    They hold whole tensors under the names of the architecture: no shards of them, no adapters.
+    Core's own file holds those.
 
     Args:
         model: A transformers model, or what wraps it.
@@ -48,16 +61,15 @@ def checkpoint_io(model: nn.Module) -> CheckpointIO | None:
     inner = inner_model(model)
     if inner is None or has_adapters(inner):
         return None
-    tensors = own_tensors(inner).values()
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in own_tensors(inner).values()):
         return None
     return CheckpointIO(name=NAME, save=save, load=load)
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel | None:
     """Return the transformers model that ``model`` is, or that DDP, peft and others wrap."""
-    wrapped = (m for name, m in model.named_modules() if not plain_name(name))
-    return next((m for m in wrapped if isinstance(m, PreTrainedModel)), None)
+    found = unwrapped(model)
+    return found if isinstance(found, PreTrainedModel) else None
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -76,14 +88,29 @@ def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     inner = inner_model(model)
     assert inner is not None
-    own = own_tensors(inner)
-    inner.save_pretrained(path, state_dict=own)
-    cls = original_class(inner)
-    if inner.config.architectures != [cls.__name__]:  # the model itself was converted
-        inner.config.architectures = [cls.__name__]
-        inner.config.save_pretrained(path)
+    own, more = own_tensors(inner), dict(tensors)
+    if is_packed(inner):
+        more |= unaliased(own)[0]
+    else:
+        inner.save_pretrained(path, state_dict=own)
+    if not (path / "config.json").exists() or isinstance(inner, QuantModule):
+        _save_config(inner, path)
     copy_companions(inner, path)
-    save_file(dict(tensors), path / TENSORS)
+    save_file(more, path / TENSORS)
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether a model has packed weights."""
+    return any(isinstance(parameter, PackedWeight) for parameter in model.parameters())
+
+
+def _save_config(model: Any, path: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [original_class(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(path)
+    if model.can_generate():
+        model.generation_config.save_pretrained(path)
 
 
 def load(model: nn.Module, path: Path) -> Mapping[str, Tensor]:
@@ -97,21 +124,24 @@ def load(model: nn.Module, path: Path) -> Mapping[str, Tensor]:
     """
     inner = inner_model(model)
     assert inner is not None
-    quantizers = _quantizers(path)
-    own = own_tensors(inner)
+    own, names = own_tensors(inner), own_names(model)
     if any(tensor.device.type == "meta" for tensor in own.values()):
         raise CheckpointError(
             "weights of the model are offloaded, and nothing can be loaded into those",
             where=str(path),
             hint="bittern.load(path) gives the quantized model; or restore before offloading",
         )
-    twin = _twin(inner, path)
-    found = own_tensors(twin)
+    found, quantizers = split(_ours(path))
+    if not found:
+        found = own_tensors(_twin(inner, path))
     for name, tensor in found.items():
         if name not in own or own[name].shape != tensor.shape:
             _refuse(f"{name} does not fit", path)
-    names = own_names(model)
-    model.load_state_dict({names.live(name): t for name, t in found.items()}, strict=False)
+    model.load_state_dict({names.live(n): t for n, t in found.items()}, strict=False)
+    loaded = {own[name].data_ptr() for name in found}
+    missing = [name for name in own if name not in found and own[name].data_ptr() not in loaded]
+    if missing:
+        _refuse(f"{missing[0]} is missing", path)
     return quantizers
 
 
@@ -132,11 +162,22 @@ def restore_loaded(model: nn.Module, state: Path) -> None:
         CheckpointError: The state is damaged, needs a plugin that is missing, or is of another
             model.
     """
-    io = CheckpointIO(name=NAME, save=save, load=lambda _, path: _quantizers(path))
+    io = CheckpointIO(name=NAME, save=save, load=lambda _, path: _ours(path))
+    if is_packed_state(state):
+        io = CheckpointIO(name=NAME, save=save, load=load)
     restore_state(model, state, ModeContext(toolkit=default_toolkit()), resolve_io=lambda: io)
 
 
-def _quantizers(path: Path) -> dict[str, Tensor]:
+def is_packed_state(state: Path) -> bool:
+    """Whether a saved directory holds the weights in our file, where transformers finds none."""
+    return (
+        not any(state.glob("model*.safetensors*"))
+        and (state / "config.json").is_file()
+        and (state / TENSORS).is_file()
+    )
+
+
+def _ours(path: Path) -> dict[str, Tensor]:
     return load_tensors(path / TENSORS, error=CheckpointError, within=path)
 
 

@@ -6,7 +6,6 @@ what no callback can do: a group of the optimizer for learned ranges, and the lo
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -210,10 +209,7 @@ def _keep_ranges_out_of_files(model: nn.Module) -> None:
 
 def _save_beside(model: nn.Module, checkpoint: Path) -> None:
     """Write the state of the quantizers into a directory that holds the weights."""
-    path = checkpoint / BESIDE
-    if (path / "manifest.json").is_file():  # an earlier run's; its weights are replaced, too
-        shutil.rmtree(path)
-    bittern.save(model, path, state_only=True)
+    bittern.save(model, checkpoint / BESIDE, state_only=True, overwrite=True)
 
 
 @torch.no_grad()
