@@ -45,7 +45,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def own_names(model: nn.Module) -> LiveNames:
     """Return how the model's own tensors are called in files."""
-    return LiveNames(own_tensors(model))
+    return LiveNames(model, own_tensors(model))
 
 
 def unaliased(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -66,12 +66,12 @@ def unaliased(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 def quantizer_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return what the quantizers found out, and packed weights, by name in files."""
     quantizers = dict(named_quantizers(model))
-    names = LiveNames(quantizers)
-    weights, weight_names = _packed(model)
+    names = LiveNames(model)
+    weights = _packed(model)
     packed = {
         key: part.detach().cpu().contiguous()
         for name, weight in weights.items()
-        for key, part in flatten_packed(weight_names.saved(name), weight).items()
+        for key, part in flatten_packed(names.saved(name), weight).items()
     }
     return packed | {
         f"{QUANTIZERS}{names.saved(name)}/{local}": value.detach().cpu().contiguous()
@@ -110,7 +110,7 @@ def load_quantizers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         name, _, local = key.removeprefix(QUANTIZERS).rpartition("/")
         states.setdefault(name, {})[local] = value.to(device)
     quantizers = dict(named_quantizers(model))
-    names = LiveNames(quantizers)
+    names = LiveNames(model)
     for name, quantizer in quantizers.items():
         state = states.get(names.saved(name), states.get(name, {}))
         if set(state) == {"amax"} and not quantizer.spec.dynamic:
@@ -119,17 +119,14 @@ def load_quantizers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             quantizer.load_state(state)
 
 
-def _packed(model: nn.Module) -> tuple[dict[str, PackedWeight], LiveNames]:
-    """Return the packed weights under their live names, tied ones once, and how files call them."""
-    found: dict[str, PackedWeight] = {
-        name: p for name, p in model.named_parameters() if isinstance(p, PackedWeight)
-    }
-    return found, LiveNames(found)
+def _packed(model: nn.Module) -> dict[str, PackedWeight]:
+    """Return the packed weights under their live names, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if isinstance(p, PackedWeight)}
 
 
 @torch.no_grad()
 def _load_packed(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    weights, names = _packed(model)
+    weights, names = _packed(model), LiveNames(model)
     known = {key for name, w in weights.items() for key in flatten_packed(names.saved(name), w)}
     for key in tensors:
         if key not in known:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
+from bittern.convert.names import unwrapped
 from bittern.convert.originals import plain_weights
 from bittern.convert.signatures import check_forward
 from bittern.convert.stack import PLAN, carrier, drop_modes, push_mode
@@ -83,12 +85,30 @@ def convert(model: nn.Module, plan: Plan, registry: Registry) -> None:
             for slot, entry in slots.items()
         }
         swap_class(modules[path], classes[path], quantizers)
-    vars(model)[PLAN] = plan
+    home = unwrapped(model)
+    path = next(path for path, module in modules.items() if module is home)
+    vars(home)[PLAN] = _within(plan, path)
     push_mode(
         model,
         AppliedMode(name="quantize", plugin="bittern", config={"recipe": plan.recipe}),
         exclusive=True,
     )
+
+
+def _within(plan: Plan, path: str) -> Plan:
+    """Return the plan of a wrapper as that of the model within, which is at ``path``."""
+    if not path:
+        return plan
+    return replace(
+        plan,
+        entries=tuple(replace(e, module=_below(path, e.module)) for e in plan.entries),
+        skipped={_below(path, name): why for name, why in plan.skipped.items()},
+        classes={_below(path, name): cls for name, cls in plan.classes.items()},
+    )
+
+
+def _below(path: str, name: str) -> str:
+    return "" if name == path else name.removeprefix(f"{path}.")
 
 
 def _check_free(module: nn.Module, slots: Iterable[str], *, where: str) -> None:
@@ -115,7 +135,7 @@ def plan_of(model: nn.Module) -> Plan:
         raise PlanError(
             "this model is not quantized", hint="call bittern.quantize(model, recipe) first"
         )
-    plan: Plan = vars(found[1])[PLAN]
+    plan: Plan = vars(found)[PLAN]
     return plan
 
 

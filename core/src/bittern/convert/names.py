@@ -1,59 +1,90 @@
 """Names of modules and tensors without what wrappers put into them.
 
 A model that was saved as it is comes back inside DDP, ``torch.compile`` or a LoRA wrapper, and the
-other way round. Each of them inserts segments into the names of everything that it holds.
+other way round. Each of them inserts a segment into the names of everything that it holds. Wrappers
+are known by their class, so that a model may have children of its own with such names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["LiveNames", "plain_name"]
+from torch import nn
 
-# At the front only, since a model may have a child of that name: DDP and AveragedModel; peft.
-FRONT = (("module",), ("base_model", "model"), ("_orig_mod",))
-# Anywhere: torch.compile, activation checkpointing, FSDP1, peft.
-INNER = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"})
+__all__ = ["LiveNames", "unwrapped", "wrappers"]
+
+# The child that holds what is wrapped, to where the classes of such wrappers are defined.
+HOLDERS: dict[str, tuple[str, ...]] = {
+    "module": ("torch.nn.parallel.", "torch.optim.swa_utils", "megatron.core.", "deepspeed."),
+    "_orig_mod": ("torch._dynamo.",),
+    "_checkpoint_wrapped_module": ("torch.distributed.algorithms.",),
+    "_fsdp_wrapped_module": ("torch.distributed.fsdp.",),
+    "base_model": ("peft.",),
+    "model": ("peft.",),
+    "base_layer": ("peft.",),
+}
 
 
-def plain_name(name: str) -> str:
-    """Return a dotted name without the segments of known wrappers."""
-    parts = tuple(name.split("."))
-    front = True
-    while front:
-        front = False
-        for prefix in FRONT:
-            if parts[: len(prefix)] == prefix:
-                parts, front = parts[len(prefix) :], True
-    return ".".join(part for part in parts if part not in INNER)
+def wrappers(model: nn.Module) -> list[nn.Module]:
+    """Return what wraps a model, the outermost first, and last the model itself."""
+    found = [model]
+    while (name := _holder(found[-1])) is not None:
+        found.append(found[-1].get_submodule(name))
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that DDP, ``torch.compile``, ``AveragedModel``, peft and others wrap."""
+    return wrappers(model)[-1]
 
 
 class LiveNames:
-    """Finds what the names of a saved model are called in a live one.
+    """Translates between the names of a live model and those that its parts have in files.
 
     Args:
-        names: Names of the live model.
-        innermost: Whether the longest of several live names is meant: of a wrapper and the module
-            within, that module. Otherwise several live names with the same plain name keep theirs.
+        model: A model, or what wraps it.
+        tensors: Names of its ``state_dict``, which may leave out what the names of modules have.
     """
 
-    def __init__(self, names: Iterable[str], *, innermost: bool = False) -> None:
-        plain: dict[str, list[str]] = {}
-        for name in names:
-            plain.setdefault(plain_name(name), []).append(name)
-        self._live = {
-            key: max(found, key=len) for key, found in plain.items() if innermost or len(found) == 1
+    def __init__(self, model: nn.Module, tensors: Iterable[str] = ()) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self._inserted = {
+            f"{path}.{name}" if path else name
+            for path, module in modules.items()
+            if (name := _holder(module)) is not None
         }
-        if not innermost:
-            self._live |= {
-                name: name for found in plain.values() if len(found) > 1 for name in found
-            }
-        self._plain = {live: key for key, live in self._live.items()}
-
-    def live(self, name: str) -> str:
-        """Return the live name of a saved one; the same name where there is none."""
-        return self._live.get(name) or self._live.get(plain_name(name), name)
+        self._live: dict[str, str] = {}
+        if self._inserted:
+            for path in modules:  # what is wrapped comes after its wrapper, and counts
+                self._live[self.saved(path)] = path
+            self._live |= {self.saved(name): name for name in tensors}
 
     def saved(self, name: str) -> str:
-        """Return the name under which a live one is saved."""
-        return self._plain.get(name, name)
+        """Return the name in files of a module, a tensor or a quantizer."""
+        if not self._inserted:
+            return name
+        parts = name.split(".")
+        return ".".join(
+            part
+            for end, part in enumerate(parts, 1)
+            if ".".join(parts[:end]) not in self._inserted
+        )
+
+    def live(self, name: str) -> str:
+        """Return the live name of what is called ``name`` in files."""
+        if not self._inserted:
+            return name
+        head, tail = name, ""
+        while head not in self._live and head:
+            head, _, last = head.rpartition(".")
+            tail = f".{last}{tail}"
+        return (self._live.get(head, head) + tail).removeprefix(".")
+
+
+def _holder(module: nn.Module) -> str | None:
+    """Return the name of the child that a wrapper holds what it wraps in."""
+    for name in HOLDERS.keys() & module._modules.keys():
+        homes = HOLDERS[name]
+        if any(f"{cls.__module__}.".startswith(homes) for cls in type(module).__mro__):
+            return name
+    return None

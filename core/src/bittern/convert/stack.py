@@ -1,7 +1,7 @@
 """The mode stack: what was done to a model, in order, kept on the model itself.
 
-It is an attribute of the module that the first mode was applied to. That module may be inside of a
-wrapper by now, or a copy; whoever asks is given the stack of the one module that carries one.
+It is an attribute of the model that wrappers are taken off, so it goes where the model goes: into
+wrappers and out of them, and into copies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from bittern.convert.names import plain_name
+from bittern.convert.names import unwrapped, wrappers
 from bittern.errors import PlanError
 from bittern.records import AppliedMode
 
@@ -33,8 +33,8 @@ PLAN = "_bittern_plan"
 CONVERSIONS = frozenset({"quantize", "fold", "compress"})
 
 
-def carrier(model: nn.Module, attribute: str = STACK) -> tuple[str, nn.Module] | None:
-    """Return path and module of the one that carries a stack or a plan.
+def carrier(model: nn.Module, attribute: str = STACK) -> nn.Module | None:
+    """Return the module that carries a stack or a plan: the model without its wrappers.
 
     Args:
         model: A model, or what wraps it.
@@ -44,13 +44,14 @@ def carrier(model: nn.Module, attribute: str = STACK) -> tuple[str, nn.Module] |
         PlanError: It is not the model itself but a part of it, or there are several.
     """
     found = [(name, m) for name, m in model.named_modules() if attribute in vars(m)]
-    parts = [name for name, _ in found if plain_name(name)]
+    whole = {id(m) for m in wrappers(model)}
+    parts = [name for name, m in found if id(m) not in whole]
     if parts or len(found) > 1:
         raise PlanError(
             f"parts of the model were converted on their own: {', '.join(parts[:3])}",
             hint="work with the part, as model.get_submodule(name), or convert the whole model",
         )
-    return found[0] if found else None
+    return found[0][1] if found else None
 
 
 def modes_of(model: nn.Module) -> tuple[AppliedMode, ...]:
@@ -63,7 +64,7 @@ def modes_of(model: nn.Module) -> tuple[AppliedMode, ...]:
         PlanError: Parts of the model have stacks of their own.
     """
     found = carrier(model)
-    stack: tuple[AppliedMode, ...] = () if found is None else vars(found[1])[STACK]
+    stack: tuple[AppliedMode, ...] = () if found is None else vars(found)[STACK]
     return stack
 
 
@@ -76,7 +77,7 @@ def push_mode(model: nn.Module, applied: AppliedMode, *, exclusive: bool = False
         exclusive: Whether an earlier one of that name goes.
     """
     found = carrier(model)
-    home = model if found is None else found[1]
+    home = unwrapped(model) if found is None else found
     kept = [m for m in modes_of(model) if not (exclusive and m.name == applied.name)]
     _set(home, (*kept, applied))
 
@@ -106,7 +107,7 @@ def amend_mode(
                 config={**old.config, **(config or {})},
                 metadata={**old.metadata, **(metadata or {})},
             )
-            _set(found[1], tuple(stack))
+            _set(found, tuple(stack))
             return
 
 

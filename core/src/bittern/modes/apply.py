@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from bittern.convert import modes_of, push_mode, remember
+from bittern.convert import modes_of, push_mode, remember, unwrapped
 from bittern.errors import CheckpointError, PlanError, PluginError
 from bittern.modes.context import ModeContext
 from bittern.records import AppliedMode, Mode
@@ -39,6 +39,7 @@ def apply_mode(
     mode, plugin = table.get(name), table.plugin(name)
     config = _config(mode, options, plugin=plugin)
     check_next(modes_of(model), mode, table)
+    model = unwrapped(model)  # names of modules are to be those of the model itself
     undo = remember(model)
     try:
         found = bound(mode.convert, plugin=plugin)(model, config, context)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bittern.convert import plain_name
+from bittern.convert import LiveNames
 from bittern.errors import CheckpointError, NumericsError, PlanError
 from bittern.modes.context import ModeContext
 from bittern.modes.names import readers_named
@@ -52,9 +52,10 @@ def convert(model: nn.Module, config: Mapping[str, Any], context: ModeContext) -
             "there is no quantized weight that can be packed",
             hint=why or "call bittern.quantize(model, recipe) first",
         )
+    saved = LiveNames(model).saved
     return {
-        "packed": [plain_name(name) for name in names],
-        "left": {plain_name(name): why for name, why in left.items()},
+        "packed": [saved(name) for name in names],
+        "left": {saved(name): why for name, why in left.items()},
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bittern.convert import drop_modes, modes_of, plain_name
+from bittern.convert import LiveNames, drop_modes, modes_of
 from bittern.errors import PlanError
 from bittern.modes.context import ModeContext
 from bittern.modes.names import readers_named
@@ -42,9 +42,10 @@ def convert(model: nn.Module, config: FoldConfig, context: ModeContext) -> dict[
         raise PlanError(
             "there is no weight to fold", hint="call bittern.quantize(model, recipe) first"
         )
+    saved = LiveNames(model).saved
     return {
-        "folded": [plain_name(name) for name in names],
-        "left": {plain_name(name): why for name, why in left.items()},
+        "folded": [saved(name) for name in names],
+        "left": {saved(name): why for name, why in left.items()},
     }
 
 

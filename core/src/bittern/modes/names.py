@@ -32,7 +32,7 @@ def readers_named(model: nn.Module, names: object, *, what: str) -> list[Reader]
         if quantizer.tensor in module._parameters
         for reader in (Reader(path, module, quantizer.tensor, quantizer),)
     }
-    live = LiveNames(readers)
+    live = LiveNames(model)
     found = [live.live(name) for name in names]
     missing = [name for name in found if name not in readers]
     if missing:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bittern.convert import LiveNames, modes_of, plain_name, plan_of
+from bittern.convert import LiveNames, modes_of, plan_of, unwrapped
 from bittern.errors import BitternError, CheckpointError
 from bittern.modes.context import ModeContext
 from bittern.nn import original_class
@@ -52,12 +52,12 @@ def convert(model: nn.Module, config: QuantizeConfig, context: ModeContext) -> d
 
 def metadata(model: nn.Module) -> dict[str, Any]:
     """Return a quantized model's plan as plain data."""
-    plan = plan_of(model)
+    plan, names = plan_of(model), LiveNames(unwrapped(model))
     return {
         "recipe": plan.recipe,
         "entries": [
             {
-                "module": plain_name(entry.module),
+                "module": names.saved(entry.module),
                 "slot": entry.slot,
                 "spec": spec_to(entry.spec),
                 "rule": entry.rule,
@@ -66,7 +66,7 @@ def metadata(model: nn.Module) -> dict[str, Any]:
             for entry in plan.entries
         ],
         "algorithm": [[name, dict(options)] for name, options in plan.algorithm],
-        "skipped": {plain_name(path): reason for path, reason in plan.skipped.items()},
+        "skipped": {names.saved(path): reason for path, reason in plan.skipped.items()},
     }
 
 
@@ -98,7 +98,7 @@ def _plan(model: nn.Module, data: Mapping[str, Any], context: ModeContext) -> Pl
     registry = context.toolkit.registry
     rules = context.toolkit.rules(model)
     live = dict(model.named_modules())
-    names = LiveNames(live, innermost=True)
+    names = LiveNames(model)
     entries: list[PlanEntry] = []
     classes: dict[str, str] = {}
     for entry in data["entries"]:

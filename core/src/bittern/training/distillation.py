@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from bittern.convert import plain_name
+from bittern.convert import LiveNames
 from bittern.errors import ModelError, TrainingError
 from bittern.evaluation import logits_of
 from bittern.records import ModelAdapter
@@ -143,7 +143,8 @@ class _Outputs:
         self.paths = paths
         self._found: dict[str, Tensor] = {}
         self._open = False
-        live = {plain_name(name): module for name, module in model.named_modules()}
+        names = LiveNames(model)
+        live = {names.saved(name): module for name, module in model.named_modules()}
         missing = [path for path in paths if path not in live]
         if missing:
             raise ModelError(
