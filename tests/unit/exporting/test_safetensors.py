@@ -174,6 +174,15 @@ def test_the_record_holds_the_plan_and_checksums(exported: tuple[Any, Path]) -> 
     assert ExportRecord.read(path) is not None
 
 
+def test_a_model_inside_of_a_wrapper_is_refused(
+    exported: tuple[Any, Path], toolkit: Toolkit, tmp_path: Path
+) -> None:
+    wrapped: Any = torch.compile(exported[0])
+    with pytest.raises(ExportError, match="the model that it wraps"):
+        toolkit.export(wrapped, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_exporting_changes_nothing_in_the_model(
     exported: tuple[Any, Path], same_bits: SameBits, batches: list[Tensor], toolkit: Toolkit
 ) -> None:

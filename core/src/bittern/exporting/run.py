@@ -16,7 +16,7 @@ from bittern.exporting.directory import staged_directory
 from bittern.exporting.packed import check_calibrated, check_plan
 from bittern.exporting.probe import make_probe
 from bittern.exporting.record import ExportRecord, entry_dict
-from bittern.records import Exporter, ExportReport
+from bittern.records import Exporter, ExportReport, Plan
 from bittern.registry import Registry, bound
 
 __all__ = ["check_export", "choose_exporter", "run_export"]
@@ -62,9 +62,23 @@ def check_export(
         ExportError: With the nearest thing that works.
     """
     check_plan(context.plan)
+    _check_modules(model, context.plan)
     if exporter.check is not None:
         plugin = registry.exporters.plugin(exporter.name)
         bound(exporter.check, plugin=plugin)(model, context)
+
+
+def _check_modules(model: nn.Module, plan: Plan) -> None:
+    """Refuse a model that is inside of a wrapper, or has layers put around its own."""
+    modules = dict(model.named_modules())
+    missing = next((path for path in plan.by_module() if path not in modules), None)
+    if missing is not None:
+        raise ExportError(
+            f"a {type(model).__name__} has no module of this name, which the model had that was "
+            "quantized",
+            where=missing,
+            hint="export the model that it wraps; merge adapters into its weights first",
+        )
 
 
 def run_export(
