@@ -125,10 +125,14 @@ def test_the_wheels_work_in_a_clean_environment(wheels: dict[str, Path], tmp_pat
     bittern = venv / "bin" / "bittern"
     records = json.loads(run(bittern, "plugins", "list", "--json", cwd=tmp_path))["plugins"]
     statuses = {record["name"]: record["status"] for record in records}
-    assert statuses == {"huggingface": "target-missing", "kernels": "loaded"}
+    assert statuses == {
+        "huggingface": "target-missing",
+        "kernels": "loaded",
+        "megatron": "target-missing",
+    }
     assert "bittern-huggingface[target]" in run(bittern, "doctor", cwd=tmp_path)
 
-    run(*pip, f"{wheels['huggingface']}[target]")
+    run(*pip, *(f"{wheels[name]}[target]" for name in ("huggingface", "megatron")))
     records = json.loads(run(bittern, "plugins", "list", "--json", cwd=tmp_path))["plugins"]
     assert {record["status"] for record in records} == {"loaded"}
     arguments = ("demo", "--recipe", "int4", "--json")

@@ -232,7 +232,7 @@ def back_on_one(rank: int, world: int, folder: Path) -> dict[str, Any]:
         model = gpt()
         kit = toolkit()
         kit.convert(model, kit.plan(model, RECIPES[last]))
-        entries = checkpoint.entries_of(model, folder / "own")
+        entries = checkpoint.entries_to_load(model, folder / "own")
         state = dist_checkpointing.load({"model": entries}, str(folder / "own"))
         model.load_state_dict(state["model"])
         return found | {"own": described(model)}

@@ -46,7 +46,7 @@ from bittern_megatron.index import check_index
 from bittern_megatron.linear import ParallelLinear
 from bittern_megatron.state import NAMES, WANTED, Wanted
 
-__all__ = ["FOLDER", "entries_of", "load", "make_io", "save"]
+__all__ = ["FOLDER", "entries_to_load", "load", "make_io", "save"]
 
 FOLDER = "megatron"
 QUANTIZERS = "bittern.quantizers/"  # how core begins the names of what quantizers found out
@@ -81,7 +81,7 @@ def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     inner, prefix = _inner(model)
     _check_same(path)
-    sharded = entries_of(model)
+    sharded = _entries(model, {})
     sharded |= _others(tensors, _parallel(inner), prefix)
     folder = path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """
     inner, prefix = _inner(model)
     folder = path / FOLDER
-    wanted = entries_of(model, folder)
+    wanted = entries_to_load(model, folder)
     try:
         found = dist_checkpointing.load(wanted, str(folder), common_strategy=_Nothing())
     except (CheckpointingException, CheckpointException, OSError, RuntimeError) as error:
@@ -116,34 +116,42 @@ def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
     return quantizers
 
 
-def entries_of(model: nn.Module, folder: Path | None = None) -> dict[str, Any]:
-    """Return the sharded state dict of a model, quantizers included.
+def entries_to_load(model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Return the sharded state dict that loads a checkpoint of dist_checkpointing into a model.
+
+    It is `sharded_state_dict` with two differences. There are entries for all that the checkpoint
+    holds of the model's quantizers, calibrated or not. And they have memory of their own, so that
+    a load that fails leaves the model as it was.
 
     Args:
-        model: The model, or what wraps it.
-        folder: A checkpoint of dist_checkpointing to load. The entries are then those of what it
-            holds, also of quantizers that are not calibrated yet, in fresh memory.
+        model: The converted model, or what wraps it.
+        folder: What ``dist_checkpointing.save`` wrote.
 
     Raises:
         CheckpointError: The model keeps something that is no tensor, or the checkpoint does not
-            fit it.
+            fit it, or is damaged.
     """
-    inner, _ = _inner(model)
-    metadata = ensure_metadata_has_dp_cp_group({} if folder is None else {WANTED: True})
-    sharded = inner.sharded_state_dict(metadata=metadata)
-    found = {key: value for key, value in sharded.items() if not _is_empty(key, value)}
-    if folder is None:
-        return found
+    entries = _entries(model, {WANTED: True})
     check_index(folder)
     try:
         index = dist_checkpointing.load_tensors_metadata(str(folder))
-    except (CheckpointingException, CheckpointException, OSError) as error:
+    except (CheckpointingException, CheckpointException, OSError, ValueError) as error:
         raise CheckpointError(f"it cannot be read: {error}", where=str(folder)) from error
-    entries = {key: _to_load(value, index) for key, value in found.items()}
-    entries = {key: value for key, value in entries.items() if value is not None}
-    _check_fit(entries, index, where=str(folder))
-    entries |= {name: replace(index[name]) for name in index if name.startswith(QUANTIZERS)}
-    return entries
+    found = {key: _to_load(value, index) for key, value in entries.items()}
+    found = {key: value for key, value in found.items() if value is not None}
+    _check_fit(found, index, where=str(folder))
+    return found | {name: replace(index[name]) for name in index if name.startswith(QUANTIZERS)}
+
+
+def _entries(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's own entries, without objects that hold nothing.
+
+    Raises:
+        CheckpointError: The model keeps something that is no tensor.
+    """
+    inner, _ = _inner(model)
+    sharded = inner.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(metadata))
+    return {key: value for key, value in sharded.items() if not _is_empty(key, value)}
 
 
 def _inner(model: nn.Module) -> tuple[Any, str]:
