@@ -102,6 +102,11 @@ class PackedWeight(Tensor):
         spec, dtype = context
         return cls(inner, spec, shape=size, dtype=dtype, stride=stride)
 
+    def _stable_hash_for_caching(self) -> str:
+        """Tell torch's caches of compiled code what else but numbers a compiled function sees."""
+        parts = {name: (p.shape, p.stride(), p.dtype, p.device) for name, p in self.parts.items()}
+        return repr((self.spec, self.shape, self.stride(), self.dtype, parts))
+
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
