@@ -150,7 +150,8 @@ def header_damage(data: bytes) -> Iterator[Case]:
         whole = {**header, **changed} if isinstance(changed, dict) else changed
         if isinstance(changed, dict):
             whole = {k: v for k, v in whole.items() if k not in names[:3] or k in changed}
-        yield label, joined(whole, body)
+        if whole != header:
+            yield label, joined(whole, body)
     alike: dict[str, str] = {}  # two tensors that only their names tell apart
     for name in names:
         kind = json.dumps([header[name]["dtype"], header[name]["shape"]])
