@@ -131,10 +131,12 @@ def row(**changes: Any) -> RowParallelLinear:
     """Return a row parallel layer from 64 to 96 features."""
     ensure_groups()
     given: dict[str, Any] = {
+        "input_size": 64,
+        "output_size": 96,
         "bias": True,
         "init_method": nn.init.xavier_normal_,
         "input_is_parallel": True,
         "skip_bias_add": False,
         "config": config(),
     }
-    return RowParallelLinear(64, 96, **(given | changes))
+    return RowParallelLinear(**(given | changes))

@@ -137,6 +137,19 @@ def test_experts_are_quantized_one_by_one(toolkit: Toolkit) -> None:
 
 
 @torch.no_grad()
+def test_calibration_after_a_trace_has_memory(toolkit: Toolkit) -> None:
+    model = gpt()
+    memory = megatron_models.parallel_state.get_global_memory_buffer().buffer
+    memory.clear()
+    recipe = {"extends": "int8", "algorithm": ["smooth", "max"]}  # traces, then runs the data
+    toolkit.quantize(model, recipe, [batch(0)])
+    toolkit.trace(model)
+    evaluation = toolkit.evaluate(model, [batch(0)])
+    assert evaluation.perplexity is not None
+    assert all(type(buffer) is Tensor for buffer in memory.values())
+
+
+@torch.no_grad()
 def test_tracing_and_evaluating_leave_a_gpt_usable(toolkit: Toolkit) -> None:
     model = gpt()
     toolkit.trace(model)

@@ -7,6 +7,7 @@ another order by two ranks, so outputs are compared bit by bit between runs of t
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def on_one(rank: int, world: int, folder: Path) -> dict[str, Any]:
             save(model, folder / f"{recipe}-one")
             found[recipe] = described(model)
         toolkit().save(model, folder / "state")
-        return found | {"layers": layers(rank)}
+        return found | {"layers": layers(rank), "gradients": gradients()}
 
 
 @torch.no_grad()
@@ -137,6 +138,7 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
         toolkit().restore(fresh, folder / "state")
         found["restored"] = described(fresh)
         found |= {"refused": refusals(rank, folder), "layers": layers(rank)}
+        found["gradients"] = gradients()
         megatron_models.regroup(pipeline=2)
         mixed = {**RECIPES["mixed"], "skip": [{"role": "head"}, "decoder.layers.0.mlp.*"]}
         staged = loaded(mixed if rank == 1 else "int8", folder / "mixed-one")
@@ -184,6 +186,29 @@ def layers(rank: int) -> dict[str, Tensor]:
     return found
 
 
+class Pair(nn.Module):
+    """A column parallel layer that feeds a row parallel one, as in an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = megatron_models.column()
+        self.second = megatron_models.row(input_size=96, output_size=64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)[0]))[0]
+
+
+@torch.enable_grad()
+def gradients() -> dict[str, Tensor]:
+    """Return what training sees of two quantized layers."""
+    torch.manual_seed(0)
+    model = Pair()
+    x = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    toolkit().quantize(model, "int8", [x.detach()])
+    model(x).square().sum().backward()
+    return {"input": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
+
+
 def refusals(rank: int, folder: Path) -> dict[str, str]:
     """Return what two ranks say to what they cannot do."""
     found: dict[str, str] = {}
@@ -205,6 +230,12 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     with pytest.raises(CheckpointError) as caught:
         save(gpt(), folder / f"rank-{rank}")
     found["directories"] = str(caught.value)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("bittern.megatron").addHandler(handler)
+    toolkit().quantize(gpt(), "fp8-dynamic")
+    found["tokens"] = "; ".join(messages)
     attempt("groups", rule(weight={**GROUPS, "size": 64}))
     attempt("channels", rule(input=per("channel")))
     attempt("dynamic", rule(input=per("tensor", dynamic=True)))
@@ -311,6 +342,15 @@ def test_a_layer_quantizes_alike_however_it_communicates(name: str, runs: dict[s
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_gradients_of_slices_are_those_of_the_whole(runs: dict[str, Any]) -> None:
+    whole = runs["one"]["gradients"]
+    for rank in (0, 1):
+        for name, found in runs["two"][rank]["gradients"].items():
+            split = {"first.weight": 0, "first.bias": 0, "second.weight": 1}.get(name)
+            expected = whole[name] if split is None else whole[name].chunk(2, dim=split)[rank]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_ranks_agree_on_every_range(runs: dict[str, Any]) -> None:
     states = [runs["two"][rank]["fp8"]["state"] for rank in (0, 1)]
     assert same(*states) == []
@@ -345,10 +385,11 @@ def test_the_users_own_checkpoint_carries_the_quantizers(runs: dict[str, Any]) -
         ("mse", "several ranks hold slices of this weight"),
         ("damaged", "holds NaN or Inf"),
         ("stages", "a pipeline stage counts its layers from 0"),
+        ("tokens", "linear_proj.input and 3 more have a scale per token and rank"),
         ("directories", "the ranks were given different directories"),
     ],
 )
-def test_what_two_ranks_cannot_do_is_an_error_on_both(
+def test_what_two_ranks_cannot_do_is_said_on_both(
     name: str, message: str, runs: dict[str, Any]
 ) -> None:
     for rank in (0, 1):

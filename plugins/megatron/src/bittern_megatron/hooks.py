@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,9 @@ def resolve_model_adapter(model: nn.Module) -> ModelAdapter | None:
     if not _imported():
         return None
     from bittern_megatron.adapter import make_adapter
+    from bittern_megatron.memory import forget_traced
 
+    forget_traced()  # whatever asks for the adapter may run the model next
     return make_adapter(model)
 
 
@@ -45,6 +48,16 @@ def after_convert(model: nn.Module, plan: Plan) -> None:
     from bittern_megatron.parallel import share_ranges
 
     share_ranges(model)
+
+
+@hookimpl(wrapper=True)
+def run_calibration() -> Generator[None, int, int]:
+    """Let the data pass begin with memory of its own: the model may have been traced before."""
+    if _imported():
+        from bittern_megatron.memory import forget_traced
+
+        forget_traced()
+    return (yield)
 
 
 @hookimpl
