@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import bittern as bt
 from bittern.errors import CheckpointError
 from bittern.nn import named_quantizers, quantizer_keys
+from bittern.testing import run_distributed
 from bittern.training import Distillation, RangeTraining, train_ranges
 from bittern_huggingface.adapter import make_adapter
 from bittern_huggingface.training import QuantizationCallback, QuantizationTrainer
@@ -234,3 +236,42 @@ def test_a_checkpoint_of_other_quantizers_is_refused(tmp_path: Path) -> None:
     trainer = QuantizationTrainer(quantized("int8"), arguments(tmp_path), train_dataset=ROWS)
     with pytest.raises(CheckpointError, match="quantized otherwise"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def train_on_ranks(rank: int, world: int, path: str, batch: int) -> dict[str, Tensor]:
+    """Train with distillation on ``world`` ranks; return weights and ranges at the end."""
+    if world > 1:  # what torchrun says; the processes have met already, so no address is used
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ |= {
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",
+        }
+    network = quantized()
+    with bt.distill(network, model().eval()) as distillation:
+        QuantizationTrainer(
+            network,
+            arguments(
+                Path(path),
+                max_steps=2,
+                per_device_train_batch_size=batch,
+                optim="sgd",
+                learning_rate=0.5,
+                max_grad_norm=0.0,
+                ddp_backend="gloo" if world > 1 else None,
+            ),
+            train_dataset=ROWS,
+            ranges=ranges_of(network, "ema"),
+            distillation=distillation,
+        ).train()
+    return state(network)
+
+
+@pytest.mark.heavy  # two processes import transformers
+def test_two_ranks_train_as_one_with_their_batches_together(tmp_path: Path) -> None:
+    (first, second) = run_distributed(train_on_ranks, str(tmp_path / "two"), 4)
+    assert_same(first, second)
+    assert (tmp_path / "two/checkpoint-2/bittern/manifest.json").is_file()
+    whole = train_on_ranks(0, 1, str(tmp_path / "one"), 8)
+    for name, value in whole.items():
+        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-5, msg=name)

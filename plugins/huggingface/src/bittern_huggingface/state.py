@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bittern.checkpoint import restore_state
-from bittern.checkpoint.tensors import own_names, own_tensors, split, unaliased
+from bittern.checkpoint.tensors import aliases_in, own_names, own_tensors, split
 from bittern.convert import unwrapped
 from bittern.errors import CheckpointError
 from bittern.modes import ModeContext
@@ -31,6 +31,7 @@ from bittern.nn import QuantModule, original_class
 from bittern.nn.packed import PackedWeight
 from bittern.reading import load_tensors
 from bittern.records import CheckpointIO
+from bittern.runtime.ranks import is_first
 from bittern.toolkit import default_toolkit
 from bittern_huggingface.companions import copy_companions
 
@@ -81,16 +82,21 @@ def has_adapters(model: nn.Module) -> bool:
 def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write what ``save_pretrained`` writes, the tokenizer, and the quantizers' tensors.
 
+    Of several processes the first one writes; all of them hold the same.
+
     Args:
         model: A transformers model, or what wraps it.
         tensors: What the quantizers found out, by name.
         path: An empty directory.
     """
+    if not is_first():
+        return
     inner = inner_model(model)
     assert inner is not None
     own, more = own_tensors(inner), dict(tensors)
     if is_packed(inner):
-        more |= unaliased(own)[0]
+        tied = aliases_in(own)
+        more |= {name: t.cpu().contiguous() for name, t in own.items() if name not in tied}
     else:
         inner.save_pretrained(path, state_dict=own)
     if not (path / "config.json").exists() or isinstance(inner, QuantModule):

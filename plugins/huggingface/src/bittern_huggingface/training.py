@@ -95,8 +95,7 @@ class QuantizationCallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Put the state of the quantizers into the checkpoint."""
-        if args.should_save:
-            _save_beside(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        _save_beside(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(
         self,
@@ -113,8 +112,7 @@ class QuantizationCallback(TrainerCallback):  # type: ignore[misc]
             _load_ranges(model, Path(best) / BESIDE)
         if self.ranges is not None and self.finish:
             self.ranges.finish()
-        if args.should_save:
-            _save_beside(model, Path(args.output_dir))
+        _save_beside(model, Path(args.output_dir))
 
 
 class QuantizationMixin:
@@ -208,7 +206,7 @@ def _keep_ranges_out_of_files(model: nn.Module) -> None:
 
 
 def _save_beside(model: nn.Module, checkpoint: Path) -> None:
-    """Write the state of the quantizers into a directory that holds the weights."""
+    """Write the state of the quantizers into a directory that holds the weights, on all ranks."""
     bittern.save(model, checkpoint / BESIDE, state_only=True, overwrite=True)
 
 
