@@ -6,7 +6,6 @@ met an error says so wherever the others wait for it, so that all ranks stop, no
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from bittern.errors import BitternError, CalibrationError
+from bittern.errors import CalibrationError
+from bittern.runtime import ranks
 
 __all__ = ["RankError", "agree", "reduce_max", "reduce_sum"]
-
-log = logging.getLogger("bittern.calibration")
 
 
 class RankError(CalibrationError):
@@ -28,8 +26,6 @@ class RankError(CalibrationError):
 def agree(error: Exception | None = None, payload: Any = None) -> list[Any]:
     """Tell all ranks how this one fared; stop them all if one failed.
 
-    Every rank must come here equally often; one that failed comes once more and never again.
-
     Args:
         error: What went wrong on this rank, if anything did.
         payload: Plain data for the others.
@@ -38,32 +34,10 @@ def agree(error: Exception | None = None, payload: Any = None) -> list[Any]:
         The payloads by rank.
 
     Raises:
-        RankError: A rank failed; names it, and says why. In one process, ``error`` itself.
+        RankError: A rank failed, see `bittern.runtime.ranks.agree`. In one process, ``error``
+            itself.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        if error is not None:
-            raise error
-        return [payload]
-    if error is not None:
-        log.error("this rank failed, the others are told when they get here: %s", error)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (_plain(error), payload))
-    failed = [rank for rank, (problem, _) in enumerate(gathered) if problem is not None]
-    if failed:
-        what, where, hint = gathered[failed[0]][0]
-        others = f" (and so did {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise RankError(
-            f"rank {failed[0]} of {len(gathered)} failed{others}: {what}", where=where, hint=hint
-        ) from error
-    return [theirs for _, theirs in gathered]
-
-
-def _plain(error: Exception | None) -> tuple[str, str | None, str | None] | None:
-    if error is None:
-        return None
-    if isinstance(error, BitternError):
-        return error.what, error.where, error.hint
-    return f"{type(error).__name__}: {error}", None, None
+    return ranks.agree(error, payload, failure=RankError)
 
 
 def reduce_max(

@@ -17,10 +17,12 @@ from bittern.errors import CheckpointError
 from bittern.exporting import left_aside
 from bittern.reading import read_json
 
-__all__ = ["FILE", "TENSORS", "Manifest", "ModeEntry"]
+__all__ = ["DCP", "FILE", "SHARDS", "TENSORS", "Manifest", "ModeEntry"]
 
 FILE = "manifest.json"
 TENSORS = "state.safetensors"
+DCP = "dcp"  # who writes tensors in shards
+SHARDS = "shards"  # the folder of their files
 STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -45,8 +47,8 @@ class Manifest:
         bittern: Version of core that wrote it.
         plugins: Distribution to version of the plugins whose modes and rules were used.
         modes: What was done to the model, in order.
-        io: Who wrote the tensors: ``"safetensors"`` is core, other names are a plugin's
-            `CheckpointIO`.
+        io: Who wrote the tensors: ``"safetensors"`` is core, ``"dcp"`` too, in shards; other names
+            are a plugin's `CheckpointIO`.
         weights: Whether the model's own tensors are there too, or only the quantizers' state.
         aliases: Tensor name to the name of the tensor it shares storage with.
         checksums: Name of a tensor in `TENSORS` to its checksum, see `checksum_of`.

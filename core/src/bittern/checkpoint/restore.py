@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bittern.checkpoint.checksums import check_tensors
-from bittern.checkpoint.manifest import TENSORS, Manifest
-from bittern.checkpoint.tensors import load_quantizers, own_names, own_tensors, split
+from bittern.checkpoint.manifest import DCP, SHARDS, TENSORS, Manifest
+from bittern.checkpoint.tensors import QUANTIZERS, load_quantizers, own_names, own_tensors, split
 from bittern.checkpoint.witness import WITNESS, check_witness
-from bittern.convert import remember, revert
+from bittern.convert import remember, revert, unwrapped
 from bittern.errors import BitternError, CheckpointError
 from bittern.modes import ModeContext, replay
+from bittern.nn.quantizer import LEARNED
 from bittern.reading import load_tensors
 from bittern.records import AppliedMode, CheckpointIO
+from bittern.runtime.access import is_sharded, shard_like
+from bittern.runtime.ranks import agree
 
 __all__ = ["restore_state"]
 
@@ -31,7 +34,8 @@ def restore_state(
     """Do to ``model`` what was done to the saved one, and load its tensors.
 
     Args:
-        model: A model of the saved one's architecture, quantized or not, or what wraps it.
+        model: A model of the saved one's architecture, quantized or not, or what wraps it. If it
+            is in shards (FSDP2), every rank calls this.
         path: What `save_state` wrote.
         context: What the modes are given.
         resolve_io: Asks the plugins who loads the model's own tensors.
@@ -54,6 +58,7 @@ def restore_state(
     ]
     own, quantizers = split({n: t for n, t in tensors.items() if not n.startswith(WITNESS)})
     own |= {name: own[kept] for name, kept in manifest.aliases.items() if kept in own}
+    wrapper, model = model, unwrapped(model)
     undo = remember(model)
     try:
         revert(model)
@@ -62,11 +67,16 @@ def restore_state(
             check_witness(model, samples, where=where)
         later = replay(model, stack, context)
         if io is not None:
-            quantizers = dict(io.load(model, path))
+            quantizers = dict(io.load(wrapper, path))
+        elif manifest.io == DCP:
+            own = _from_shards(model, path, manifest.aliases)
         elif manifest.weights:
             own = _fitting(model, own, where=where)
+        _check_learned(model, quantizers)
         load_quantizers(model, quantizers)
         if own:
+            live = own_tensors(model)
+            own = {name: shard_like(tensor, live[name]) for name, tensor in own.items()}
             model.load_state_dict(own, strict=False)
         for finish in later:
             finish()
@@ -90,7 +100,7 @@ def restore_state(
 def _io(
     manifest: Manifest, resolve_io: Callable[[], CheckpointIO | None], where: str
 ) -> CheckpointIO | None:
-    if manifest.io == "safetensors":
+    if manifest.io in ("safetensors", DCP):
         return None
     found = resolve_io()
     if found is None or found.name != manifest.io:
@@ -101,6 +111,42 @@ def _io(
             hint=f"it was saved with {', '.join(manifest.plugins) or 'a plugin'}",
         )
     return found
+
+
+def _from_shards(model: nn.Module, path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """Fill the tensors of a model from shards, and return them by live name."""
+    from bittern.checkpoint.sharded import load_shards, shard_shapes
+
+    folder = path / SHARDS
+    problem: Exception | None = None
+    try:
+        there = shard_shapes(folder)
+        there |= {name: there[kept] for name, kept in aliases.items() if kept in there}
+        _fitting(model, there, where=str(path))
+    except CheckpointError as error:
+        problem = error
+    if any(map(is_sharded, model.parameters())):
+        agree(problem, failure=CheckpointError)  # before anybody waits for the others
+    elif problem is not None:
+        raise problem
+    names = own_names(model)
+    own = {names.saved(name): tensor.detach() for name, tensor in own_tensors(model).items()}
+    load_shards({name: tensor for name, tensor in own.items() if name not in aliases}, folder)
+    with torch.no_grad():
+        for name, kept in aliases.items():  # where the model ties them, it has them already
+            own[name].copy_(own[kept])
+    return {names.live(name): tensor for name, tensor in own.items()}
+
+
+def _check_learned(model: nn.Module, quantizers: Mapping[str, Tensor]) -> None:
+    """Refuse to put learned ranges into a model that was sharded without them."""
+    learned = next((name for name in quantizers if name.endswith(f"/{LEARNED}")), None)
+    if learned is not None and any(map(is_sharded, model.parameters())):
+        raise CheckpointError(
+            f"{learned.removeprefix(QUANTIZERS).removesuffix(f'/{LEARNED}')} has a learned range, "
+            "a parameter that the shards of this model have no place for",
+            hint="restore into the plain model, and shard it afterwards",
+        )
 
 
 def _fitting(model: nn.Module, saved: dict[str, Tensor], *, where: str) -> dict[str, Tensor]:

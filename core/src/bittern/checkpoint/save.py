@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from bittern._version import __version__
 from bittern.checkpoint.checksums import tensor_checksums
-from bittern.checkpoint.manifest import FILE, TENSORS, Manifest, ModeEntry
-from bittern.checkpoint.tensors import own_names, own_tensors, quantizer_tensors, unaliased
+from bittern.checkpoint.manifest import DCP, FILE, SHARDS, TENSORS, Manifest, ModeEntry
+from bittern.checkpoint.stage import shared_stage
+from bittern.checkpoint.tensors import aliases_in, own_names, own_tensors, quantizer_tensors
 from bittern.checkpoint.witness import witness
+from bittern.convert import unwrapped
 from bittern.errors import CheckpointError, PlanError
-from bittern.exporting import staged_directory
 from bittern.modes import recorded
 from bittern.records import AppliedMode, CheckpointIO, Mode
 from bittern.registry import NamedTable
+from bittern.runtime.access import is_sharded
+from bittern.runtime.ranks import agree, is_first
 
 __all__ = ["replaceable", "save_state"]
 
@@ -32,6 +36,9 @@ def save_state(
 ) -> None:
     """Write a model to the directory ``path``, whole or not at all.
 
+    In several processes every rank calls this: rank 0 writes, and of a model in shards (FSDP2) each
+    rank its own; an error on one rank is one on all.
+
     Args:
         model: A model with at least one mode, or what wraps it.
         path: The directory.
@@ -44,44 +51,87 @@ def save_state(
     Raises:
         PlanError: Nothing was done to the model.
         OutputError: The directory cannot be used.
+        CheckpointError: In several processes: one of them failed, and says why.
     """
+    problem: Exception | None = None
+    content: _Content | None = None
+    try:
+        content = _collect(model, modes, own=io is None and not state_only, witnesses=state_only)
+    except Exception as error:
+        problem = error
+    aliases = agree(problem, content and content.aliases, failure=CheckpointError)[0]
+    assert content is not None
+    own = {name: tensor for name, tensor in content.own.items() if name not in aliases}
+    shards = {}
+    if any(map(is_sharded, own.values())):
+        shards, own = own, {}
+    with shared_stage(path, replace=replaceable if replace else None) as stage:
+        checksums: dict[str, int] = {}
+        if shards:
+            from bittern.checkpoint.sharded import save_shards
+
+            save_shards(shards, stage / SHARDS)
+        if io is not None and not state_only:
+            io.save(model, content.quantizers, stage)
+        elif is_first():
+            tensors = content.quantizers | {n: t.cpu().contiguous() for n, t in own.items()}
+            save_file(tensors, stage / TENSORS)
+            checksums = tensor_checksums(tensors)
+        if is_first():
+            name = "safetensors" if io is None or state_only else io.name
+            Manifest(
+                bittern=__version__,
+                plugins=_plugins(content.stack),
+                modes=[
+                    ModeEntry(
+                        name=m.name,
+                        plugin=m.plugin,
+                        config=dict(m.config),
+                        metadata=dict(m.metadata),
+                    )
+                    for m in content.stack
+                ],
+                io=DCP if shards else name,
+                weights=not state_only,
+                aliases=aliases,
+                checksums=checksums,
+                files=_files(stage),
+            ).write(stage)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is to be written.
+
+    Attributes:
+        stack: The modes.
+        quantizers: What the quantizers found out, and what else is of our making.
+        own: The model's own tensors.
+        aliases: Which of those share storage with which.
+    """
+
+    stack: list[AppliedMode]
+    quantizers: dict[str, Tensor]
+    own: dict[str, Tensor]
+    aliases: dict[str, str]
+
+
+def _collect(model: nn.Module, modes: NamedTable[Mode], *, own: bool, witnesses: bool) -> _Content:
     stack = recorded(model, modes)
     if not stack:
         raise PlanError(
             "this model is not quantized, and no other mode was applied to it",
             hint="call bittern.quantize(model, recipe) first",
         )
-    tensors = quantizer_tensors(model)
-    aliases: dict[str, str] = {}
-    if state_only:
-        tensors |= witness(model)
-    elif io is None:
-        names = own_names(model)
-        own = {names.saved(name): tensor for name, tensor in own_tensors(model).items()}
-        kept, aliases = unaliased(own)
-        tensors |= kept
-    with staged_directory(path, replace=replaceable if replace else None) as stage:
-        checksums: dict[str, int] = {}
-        if io is None or state_only:
-            save_file(tensors, stage / TENSORS)
-            checksums = tensor_checksums(tensors)
-        else:
-            io.save(model, tensors, stage)
-        Manifest(
-            bittern=__version__,
-            plugins=_plugins(stack),
-            modes=[
-                ModeEntry(
-                    name=m.name, plugin=m.plugin, config=dict(m.config), metadata=dict(m.metadata)
-                )
-                for m in stack
-            ],
-            io="safetensors" if io is None or state_only else io.name,
-            weights=not state_only,
-            aliases=aliases,
-            checksums=checksums,
-            files=_files(stage),
-        ).write(stage)
+    model = unwrapped(model)
+    quantizers = quantizer_tensors(model)
+    if witnesses:
+        quantizers |= witness(model)
+    if not own:
+        return _Content(stack, quantizers, {}, {})
+    names = own_names(model)
+    tensors = {names.saved(name): tensor.detach() for name, tensor in own_tensors(model).items()}
+    return _Content(stack, quantizers, tensors, aliases_in(tensors))
 
 
 def replaceable(path: Path) -> bool:

@@ -8,6 +8,7 @@ making, and no tensors of the model: their parts are ``bittern.packed/<parameter
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,11 @@ from bittern.convert import LiveNames
 from bittern.errors import CheckpointError
 from bittern.nn import named_quantizers, quantizer_keys
 from bittern.nn.packed import PACKED, PackedWeight, flatten_packed, unflatten_packed
+from bittern.runtime.access import is_sharded, resident
 
 __all__ = [
     "QUANTIZERS",
+    "aliases_in",
     "load_quantizers",
     "own_names",
     "own_tensors",
@@ -48,18 +51,24 @@ def own_names(model: nn.Module) -> LiveNames:
     return LiveNames(model, own_tensors(model))
 
 
-def unaliased(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return each storage once, and which names share which one."""
-    kept: dict[str, Tensor] = {}
+def aliases_in(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return which names share storage with which, the first of each."""
     aliases: dict[str, str] = {}
     seen: dict[tuple[object, ...], str] = {}
     for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in seen:
-            aliases[name] = seen[key]
-        else:
-            seen[key] = name
-            kept[name] = tensor.detach().cpu().contiguous()
+        shard: Any = tensor
+        memory = shard.to_local() if is_sharded(tensor) else tensor
+        key = (memory.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if not memory.numel() or (first := seen.setdefault(key, name)) is name:
+            continue
+        aliases[name] = first
+    return aliases
+
+
+def unaliased(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return each storage once, on the CPU, and which names share which one."""
+    aliases = aliases_in(tensors)
+    kept = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in aliases}
     return kept, aliases
 
 
@@ -73,11 +82,12 @@ def quantizer_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, weight in weights.items()
         for key, part in flatten_packed(names.saved(name), weight).items()
     }
-    return packed | {
-        f"{QUANTIZERS}{names.saved(name)}/{local}": value.detach().cpu().contiguous()
-        for name, quantizer in quantizers.items()
-        for local, value in quantizer.state().items()
-    }
+    found = {}
+    for name, quantizer in quantizers.items():
+        with resident(quantizer, write=False):  # a learned range may lie in shards
+            for local, value in quantizer.state().items():
+                found[f"{QUANTIZERS}{names.saved(name)}/{local}"] = value.cpu().contiguous()
+    return packed | found
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bittern.checkpoint.tensors import own_names, own_tensors
 from bittern.errors import CheckpointError
+from bittern.runtime.access import whole
 
 __all__ = ["WITNESS", "check_witness", "witness"]
 
@@ -55,6 +56,6 @@ def check_witness(model: nn.Module, samples: Mapping[str, Tensor], *, where: str
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = whole(tensor.detach()).reshape(-1)
     index = torch.linspace(0, len(flat) - 1, min(COUNT, len(flat)), device=flat.device)
     return flat[index.long()].cpu()

@@ -1,0 +1,134 @@
+"""Tensors in shards: every process writes and reads its part, through torch's DCP.
+
+The files are safetensors whose headers say where each shard belongs. DCP's own writer would put a
+pickle beside them; that of the same package for safetensors does not.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from bittern.errors import CheckpointError
+from bittern.reading import tensor_headers
+from bittern.runtime.access import is_sharded
+from bittern.runtime.ranks import agree, is_first
+
+__all__ = ["load_shards", "save_shards", "shard_shapes"]
+
+
+def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write this rank's part of tensors; every rank calls this.
+
+    Args:
+        tensors: Name to tensor, a DTensor or the same on every rank; of the latter one rank writes
+            each.
+        folder: A directory that all ranks see; made where it is missing.
+
+    Raises:
+        CheckpointError: A rank failed, or they do not see one directory.
+    """
+    with _explained(folder):
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(dict(tensors), storage_writer=writer)
+    problem: Exception | None = None
+    try:
+        if is_first():
+            found = shard_shapes(folder)
+            for name, tensor in tensors.items():
+                if name not in found or found[name].shape != tensor.shape:
+                    raise CheckpointError(
+                        f"not all shards of {name} were written",
+                        where=str(folder),
+                        hint="every rank has to write to one directory, on a shared file system",
+                    )
+    except Exception as error:
+        problem = error
+    agree(problem, failure=CheckpointError)
+
+
+def shard_shapes(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a folder of shards by name, without their values (meta tensors).
+
+    Raises:
+        CheckpointError: Files are damaged, or shards are missing.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError("there are no shards", where=str(folder))
+    for file in files:
+        tensor_headers(file, error=CheckpointError, within=folder)
+    with _explained(folder):
+        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    found: dict[str, Tensor] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        parts = [(tuple(c.offsets), n) for c in entry.chunks if (n := math.prod(c.sizes))]
+        if sum(n for _, n in parts) != math.prod(entry.size) or len(dict(parts)) != len(parts):
+            raise CheckpointError(
+                f"the shards of {name} are not one whole tensor: a file is missing, or of another "
+                "save",
+                where=str(folder),
+                hint="copy or download the whole directory again",
+            )
+        found[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+    return found
+
+
+def load_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Fill tensors in place; each process reads what it holds of them.
+
+    Args:
+        tensors: Name to tensor of the shape it was saved with. With a DTensor among them every rank
+            calls this.
+        folder: What `save_shards` wrote, from any number of ranks.
+
+    Raises:
+        CheckpointError: The files cannot be read.
+    """
+    together = any(is_sharded(tensor) for tensor in tensors.values())
+    with _explained(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        load(
+            dict(tensors),
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            no_dist=not together,
+        )
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn what DCP raises into one sentence; its own error is a BaseException."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures: dict[int, Any] = dict(error.failures)
+        rank = min(failures)
+        problem = failures[rank][0]
+        if isinstance(problem, KeyboardInterrupt):
+            raise problem from None
+        raise CheckpointError(
+            f"rank {rank} failed: {type(problem).__name__}: {problem}", where=str(folder)
+        ) from problem
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"the shards cannot be written or read: {type(error).__name__}: {error}",
+            where=str(folder),
+        ) from error
