@@ -29,6 +29,8 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(
         _lay_out_the_readme(root, tmp_path)
     if python_page.name == "megatron.md":
         pytest.importorskip("megatron.core", reason="pip install 'bittern-megatron[target]'")
+    if python_page.name == "huggingface.md":
+        pytest.importorskip("peft", reason="pip install 'bittern-huggingface[target,train]'")
     with open_page(python_page) as session:
         session.run()
 

@@ -150,6 +150,17 @@ def test_a_merged_model_is_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(logits(bt.load(str(tmp_path / "state"))), logits(merged))
 
 
+def test_a_reverted_model_is_merged_as_peft_does() -> None:
+    network = trained(wrapped(quantized()))
+    layer = network.base_model.model.get_submodule(DOWN)
+    total = layer.base_layer.weight.detach() + layer.get_delta_weight("default")
+    bt.revert(network)
+    assert bt.modes_of(network) == ()
+    merged = network.merge_and_unload()
+    assert torch.equal(merged.get_submodule(DOWN).weight, total)
+    assert type(merged.get_submodule(DOWN)) is nn.Linear
+
+
 def test_an_export_with_adapters_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="merge adapters"):
         bt.export(wrapped(quantized()), tmp_path / "out")
