@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -98,22 +99,36 @@ def test_a_saved_state_is_restored_bit_by_bit(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_no_pickle_is_read_but_the_index(copied: Path, toolkit: Toolkit) -> None:
-    assert written(copied) == {".metadata", "common.pt", "metadata.json", "__0_0.distcp"}
-    (copied / checkpoint.FOLDER / "common.pt").write_bytes(b"nothing that anybody reads")
-    toolkit.restore(other(), copied)
+def test_no_file_is_a_pickle(saved: Path) -> None:
+    tensors = "shard-00001-model-00001-of-00001.safetensors"
+    assert written(saved) == {"metadata.json", tensors}
+    assert json.loads((saved / checkpoint.FOLDER / "metadata.json").read_text()) == {
+        "sharded_backend": "safetensors",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    keys = load_file(saved / checkpoint.FOLDER / tensors).keys()
+    assert "decoder.layers.1.mlp.linear_fc1.weight_quantizer.scale.part1" in keys
 
 
-def test_an_index_that_calls_is_refused(copied: Path, toolkit: Toolkit) -> None:
+def test_an_index_of_others_that_calls_is_refused(model: nn.Module, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
-            return os.system, (f"touch {copied / 'called'}",)
+            return os.system, (f"touch {tmp_path / 'called'}",)
 
     index = Metadata(state_dict_metadata={}, planner_data=Evil())
-    (copied / checkpoint.FOLDER / ".metadata").write_bytes(pickle.dumps(index))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(CheckpointError, match="could run code"):
-        toolkit.restore(other(), copied)
-    assert not (copied / "called").exists()
+        checkpoint.entries_to_load(model, tmp_path)
+    assert not (tmp_path / "called").exists()
+
+
+def test_an_index_of_others_that_is_damaged_is_said_to_be(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"no": "index"}))
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    with pytest.raises(CheckpointError, match="it cannot be read"):
+        checkpoint.entries_to_load(model, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "not json"])
@@ -122,7 +137,7 @@ def test_a_damaged_checkpoint_leaves_the_model_as_it_was(
     damage: str, copied: Path, toolkit: Toolkit
 ) -> None:
     folder = copied / checkpoint.FOLDER
-    tensors = folder / "__0_0.distcp"
+    (tensors,) = folder.glob("*.safetensors")
     if damage == "missing":
         tensors.unlink()
     elif damage == "cut":

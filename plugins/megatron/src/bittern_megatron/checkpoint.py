@@ -1,14 +1,11 @@
 """Saves and loads through ``megatron.core.dist_checkpointing``, at any number of ranks.
 
-What Megatron writes holds two files that Python unpickles: ``common.pt``, which is never read here
-(nothing of ours is in it), and ``.metadata``, the index of torch.distributed.checkpoint, which is
-read only after `check_index` has seen that it makes nothing but an index. Tensors are read with
-``weights_only``. No object but a tensor is saved.
+Tensors go into safetensors; no pickle is written, none is read. Checkpoints that users make by
+Megatron's own strategies hold pickles: see `entries_to_load`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,24 +20,18 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     ShardedTensorFactory,
-    is_main_replica,
 )
-from megatron.core.dist_checkpointing.strategies.base import (
-    LoadCommonStrategy,
-    SaveShardedStrategy,
-)
-from megatron.core.dist_checkpointing.strategies.torch import mcore_to_pyt_state_dict
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import get_pg_rank
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from bittern.errors import CheckpointError
 from bittern.nn import named_quant_modules
 from bittern.records import CheckpointIO
 from bittern_megatron.adapter import unwrapped
+from bittern_megatron.files import METADATA, NoCommon, SafetensorsLoad, SafetensorsSave, index_of
 from bittern_megatron.index import check_index
 from bittern_megatron.linear import ParallelLinear
 from bittern_megatron.state import NAMES, WANTED, Wanted
@@ -80,12 +71,15 @@ def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     inner, prefix = _inner(model)
     _check_same(path)
-    sharded = _entries(model, {})
+    sharded = _entries(model, METADATA)
     sharded |= _others(tensors, _parallel(inner), prefix)
     folder = path / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(sharded, str(folder), sharded_strategy=_InThisProcess())
+    dist_checkpointing.save(sharded, str(folder), sharded_strategy=SafetensorsSave())
+    if dist.get_rank() == 0:  # Megatron pickles what is no tensor, here an empty dictionary
+        (folder / "common.pt").unlink(missing_ok=True)
+    dist.barrier()
 
 
 def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
@@ -103,9 +97,14 @@ def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
     """
     inner, prefix = _inner(model)
     folder = path / FOLDER
-    wanted = entries_to_load(model, folder)
+    wanted = _fitting(model, index_of(folder), METADATA, where=str(folder))
     try:
-        found = dist_checkpointing.load(wanted, str(folder), common_strategy=_Nothing())
+        found = dist_checkpointing.load(
+            wanted,
+            str(folder),
+            sharded_strategy=SafetensorsLoad(),
+            common_strategy=NoCommon(),
+        )
     except (Exception, CheckpointException) as error:  # what is damaged can fail anywhere
         raise CheckpointError(f"it cannot be loaded: {error}", where=str(folder)) from error
     names = _names(inner)
@@ -115,41 +114,58 @@ def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
     return quantizers
 
 
-def entries_to_load(model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Return the sharded state dict that loads a checkpoint of dist_checkpointing into a model.
+def entries_to_load(
+    model: nn.Module, folder: Path, metadata: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the sharded state dict that loads a checkpoint of Megatron's own into a model.
 
     It is `sharded_state_dict` with two differences. There are entries for all that the checkpoint
     holds of the model's quantizers, calibrated or not. And they have memory of their own, so that
     a load that fails leaves the model as it was.
 
+    The index of such a checkpoint is a pickle. It is read only after `check_index` has seen that
+    it makes nothing but an index.
+
     Args:
         model: The converted model, or what wraps it.
-        folder: What ``dist_checkpointing.save`` wrote.
+        folder: What ``dist_checkpointing.save`` wrote by its strategy ``torch_dist``.
+        metadata: What ``sharded_state_dict`` was given when it was saved.
 
     Raises:
         CheckpointError: The model keeps something that is no tensor, or the checkpoint does not
             fit it, or is damaged.
     """
-    entries = _entries(model, {WANTED: True})
     check_index(folder)
     try:
         index = dist_checkpointing.load_tensors_metadata(str(folder))
     except (Exception, CheckpointException) as error:  # what is damaged can fail anywhere
         raise CheckpointError(f"it cannot be read: {error}", where=str(folder)) from error
+    return _fitting(model, index, metadata or {}, where=str(folder))
+
+
+def _fitting(
+    model: nn.Module,
+    index: Mapping[str, ShardedTensor],
+    metadata: Mapping[str, Any],
+    *,
+    where: str,
+) -> dict[str, Any]:
+    """Return the entries of a model that an index has, with memory of their own."""
+    entries = _entries(model, {**metadata, WANTED: True})
     found = {key: _to_load(value, index) for key, value in entries.items()}
     found = {key: value for key, value in found.items() if value is not None}
-    _check_fit(found, index, where=str(folder))
+    _check_fit(found, index, where=where)
     return found | {name: replace(index[name]) for name in index if name.startswith(QUANTIZERS)}
 
 
-def _entries(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+def _entries(model: nn.Module, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's own entries, without objects that hold nothing.
 
     Raises:
         CheckpointError: The model keeps something that is no tensor.
     """
     inner, _ = _inner(model)
-    sharded = inner.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(metadata))
+    sharded = inner.sharded_state_dict(metadata=ensure_metadata_has_dp_cp_group(dict(metadata)))
     return {key: value for key, value in sharded.items() if not _is_empty(key, value)}
 
 
@@ -275,60 +291,3 @@ def _names(inner: nn.Module) -> dict[str, str]:
                     f"{prefix}{slot}_quantizer.{then}{name}": f"{core}/{name}" for name in NAMES
                 }
     return found
-
-
-class _InThisProcess(SaveShardedStrategy):
-    """Writes Megatron's ``torch_dist`` format without helper processes.
-
-    Megatron's own strategy hands tensors to forked writers through queues, copies by CUDA streams,
-    and starts a manager process that imports the main module again.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """There are none."""
-        return True
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Write the tensors that this rank is the first to hold, and the index."""
-        by_key: dict[str, list[Any]] = defaultdict(list)
-        for item in nested_values(sharded_state_dict):
-            if is_main_replica(item.replica_id):
-                by_key[item.key].append(item)
-        dcp.save(
-            mcore_to_pyt_state_dict(by_key),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
-            planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        )
-
-
-class _Nothing(LoadCommonStrategy):
-    """Reads no common.pt, which is a pickle; what is ours is not in it."""
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    def load_sharded_objects(
-        self, sharded_objects_state_dict: dict[str, Any], checkpoint_dir: str | Path
-    ) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    def load_sharded_metadata(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """There are none."""
-        return True
-
-    def check_backend_compatibility(self, loaded_version: object) -> None:
-        """Every version does."""
-
-    def check_version_compatibility(self, loaded_version: object) -> None:
-        """Every version does."""
