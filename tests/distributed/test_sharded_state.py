@@ -47,7 +47,7 @@ def columns(parameter: nn.Parameter) -> Shard:
 
 
 def save_all(rank: int, world: int, folder: str) -> dict[str, torch.Tensor]:
-    """Save a model in shards, one sharded after conversion, a DDP model, a state without weights."""
+    """Save models in shards before and after conversion, in DDP, and a state without weights."""
     found = {}
     sharded = shard(build(), world)
     bt.quantize(sharded, RECIPE, data=batches())

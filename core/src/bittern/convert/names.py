@@ -23,6 +23,8 @@ HOLDERS: dict[str, tuple[str, ...]] = {
     "model": ("peft.",),
     "base_layer": ("peft.",),
 }
+# These wrappers leave their own segment out of the names of state_dict.
+LEFT_OUT = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 
 def wrappers(model: nn.Module) -> list[nn.Module]:
@@ -52,6 +54,11 @@ class LiveNames:
             f"{path}.{name}" if path else name
             for path, module in modules.items()
             if (name := _holder(module)) is not None
+        }
+        self._inserted |= {
+            ".".join(part for part in path.split(".") if part not in LEFT_OUT)
+            for path in self._inserted
+            if path.rpartition(".")[2] not in LEFT_OUT
         }
         self._live: dict[str, str] = {}
         if self._inserted:
