@@ -167,7 +167,7 @@ def test_an_export_with_adapters_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trainer_resumes_adapters_on_a_quantized_model(tmp_path: Path) -> None:
+def test_a_trainer_resumes_adapters_and_learned_ranges(tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in IDS]
 
     def run(path: Path, resume: Path | None) -> Any:
@@ -183,7 +183,8 @@ def test_a_trainer_resumes_adapters_on_a_quantized_model(tmp_path: Path) -> None
             disable_tqdm=True,
             logging_strategy="no",
         )
-        callback = QuantizationCallback(resume_from=resume)
+        ranges = bt.train_ranges(network, weights="fixed", activations="learned")
+        callback = QuantizationCallback(ranges, resume_from=resume)
         trainer = transformers.Trainer(network, args, train_dataset=rows, callbacks=[callback])
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         return network.eval()

@@ -92,8 +92,11 @@ def test_a_model_comes_back_bit_for_bit(
     bt.save(model, tmp_path / "state")
 
     fresh = different(make)
+    config = fresh.config.to_dict()
+    attention = fresh.config._attn_implementation
     bt.restore(fresh, tmp_path / "state")
     assert torch.equal(logits(fresh), expected)
+    assert (fresh.config.to_dict(), fresh.config._attn_implementation) == (config, attention)
 
     loaded = bt.load(str(tmp_path / "state"))
     assert torch.equal(logits(loaded), expected)
@@ -262,6 +265,18 @@ def test_offloaded_weights_are_refused(saved: tuple[Any, Path]) -> None:
     model.lm_head.to("meta")
     with pytest.raises(CheckpointError, match="offloaded"):
         bt.restore(model, saved[1])
+
+
+def test_pickled_weights_beside_a_state_are_not_read(
+    saved: tuple[Any, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(saved[1], tmp_path / "copy")
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").rename(copy / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError):
+        bt.restore(different(llama), copy)
+    with pytest.raises((CheckpointError, ModelError)):
+        bt.load(str(copy))
 
 
 def test_a_state_without_a_config_says_what_to_do(tmp_path: Path) -> None:

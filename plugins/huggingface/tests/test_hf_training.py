@@ -229,6 +229,24 @@ def test_a_checkpoint_without_our_state_is_refused(tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    for name, rate in (("one", 1e-2), ("two", 2e-2)):
+        args = arguments(tmp_path / name, max_steps=2, learning_rate=rate)
+        QuantizationTrainer(quantized(), args, train_dataset=ROWS).train()
+    trainer = QuantizationTrainer(quantized(), arguments(tmp_path / "one"), train_dataset=ROWS)
+    with pytest.raises(CheckpointError, match="saved beside"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-2"))
+
+
+def test_a_run_may_take_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    for _ in range(2):
+        network = quantized()
+        trainer = QuantizationTrainer(network, arguments(tmp_path), train_dataset=ROWS)
+        trainer.train()
+    trainer.save_model()
+    assert torch.equal(bt.load(str(tmp_path))(IDS).logits, network.eval()(IDS).logits)
+
+
 def test_a_checkpoint_of_other_quantizers_is_refused(tmp_path: Path) -> None:
     QuantizationTrainer(
         quantized("fp8"), arguments(tmp_path, max_steps=2), train_dataset=ROWS

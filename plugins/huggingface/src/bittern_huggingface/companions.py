@@ -50,6 +50,6 @@ def _save_tokenizer(model: nn.Module, path: Path) -> None:
         return
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, ImportError):
         return
     tokenizer.save_pretrained(path)

@@ -82,7 +82,7 @@ def load_model(source: str, config: LoadConfig) -> nn.Module | None:
 
 def _make(settings: Any, source: str, dtype: Any) -> Any:
     """Make the model with its weights; without, where they are packed and in our file."""
-    from bittern_huggingface.state import is_packed_state
+    from bittern_huggingface.state import is_packed_state, state_of
 
     cls = _class_for(settings)
     if is_packed_state(Path(source)):
@@ -90,7 +90,12 @@ def _make(settings: Any, source: str, dtype: Any) -> Any:
         make = getattr(cls, "from_config", None) or cls._from_config  # of Auto classes, of models
         return make(settings, dtype=dtype)
     try:
-        model, info = cls.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, info = cls.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True if state_of(Path(source)) is not None else None,
+            output_loading_info=True,
+        )
     except MemoryError:
         raise
     except Exception as error:  # transformers raises many kinds for a bad checkpoint

@@ -45,7 +45,7 @@ __all__ = [
     "state_of",
 ]
 
-NAME = "transformers"
+NAME = "bittern-huggingface"
 TENSORS = "state.safetensors"
 BESIDE = "bittern"  # where a directory of somebody else's keeps the state of its quantizers
 
@@ -194,6 +194,7 @@ def _twin(model: PreTrainedModel, path: Path) -> nn.Module:
         found, info = cls.from_pretrained(
             path,
             config=model.config,
+            attn_implementation="eager",  # it computes nothing
             dtype=reduce(torch.promote_types, _float_dtypes(model)),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # which gives their names; they are refused below

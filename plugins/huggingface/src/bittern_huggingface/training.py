@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import bittern
 from bittern.checkpoint.tensors import QUANTIZERS, load_quantizers, quantizer_tensors
+from bittern.checkpoint.witness import WITNESS, check_witness
 from bittern.errors import CheckpointError, TrainingError
 from bittern.nn import named_quantizers, quantizer_keys
 from bittern.reading import load_tensors
@@ -215,6 +216,9 @@ def _load_ranges(model: nn.Module, path: Path) -> None:
     """Give the quantizers of a model, as they are, what was saved of them.
 
     Learned ranges stay the very parameters that the optimizer holds.
+
+    Raises:
+        CheckpointError: There is nothing, or it is the state of other weights or quantizers.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -223,6 +227,7 @@ def _load_ranges(model: nn.Module, path: Path) -> None:
             hint="say which one it is: QuantizationCallback(ranges, resume_from=...)",
         )
     found = load_tensors(path / TENSORS, error=CheckpointError, within=path)
+    check_witness(model, {n: t for n, t in found.items() if n.startswith(WITNESS)}, where=str(path))
     saved = {name: tensor for name, tensor in found.items() if name.startswith(QUANTIZERS)}
     ours = quantizer_tensors(model)
     other = sorted(saved.keys() ^ ours.keys())
