@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TensorHeader",
-    "inner_path",
     "load_tensors",
     "parse_json",
     "read_bytes",
@@ -189,22 +188,6 @@ _STRICT: dict[str, Any] = {
     "parse_int": _integer,
     "parse_float": _float,
 }
-
-
-def inner_path(directory: Path, name: object, *, error: Error) -> Path:
-    """Return ``directory / name`` for a name that a file gave us.
-
-    Raises:
-        BitternError: Of the kind ``error``: it is no plain file name, and could lead elsewhere.
-    """
-    if (
-        not isinstance(name, str)
-        or name in ("", ".", "..")
-        or any(c in '/\\:"' or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
-        or len(name) > 200
-    ):
-        raise error(f"{str(name)[:100]!r} is no file name", where=str(directory))
-    return directory / name
 
 
 def load_tensors(path: Path, *, error: Error, within: Path | None = None) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def load_quantizers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises:
         NumericsError: A quantizer has no such state.
-        CheckpointError: The packed weights are not those of the model.
+        CheckpointError: The packed weights or the quantizers are not those of the model.
     """
     _load_packed(model, {name: t for name, t in tensors.items() if name.startswith(PACKED)})
     states: dict[str, dict[str, Tensor]] = {}
@@ -121,6 +121,11 @@ def load_quantizers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         states.setdefault(name, {})[local] = value.to(device)
     quantizers = dict(named_quantizers(model))
     names = LiveNames(model)
+    for name in states.keys() - {n for q in quantizers for n in (q, names.saved(q))}:
+        raise CheckpointError(
+            f"it holds what a quantizer {name!r} found out, and the model has none of that name",
+            hint="restore into a model of the same architecture",
+        )
     for name, quantizer in quantizers.items():
         state = states.get(names.saved(name), states.get(name, {}))
         if set(state) == {"amax"} and not quantizer.spec.dynamic:
