@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from bittern.errors import CheckpointError, NumericsError
-from bittern.numerics import Quantized, Scales, dequantize, quantize
-from bittern.numerics.compact import PARTS, compact, compact_layout, expand
+from bittern.numerics import Quantized, Scales, quantize
+from bittern.numerics.compact import PARTS, compact, compact_layout, decode, expand
 from bittern.records import QuantizerSpec
 
 __all__ = ["PACKED", "PackedWeight", "empty_packed", "flatten_packed", "pack", "unflatten_packed"]
@@ -220,7 +220,7 @@ def unflatten_packed(name: str, tensors: Mapping[str, Tensor], like: PackedWeigh
 
 def _dense(weight: PackedWeight) -> Tensor:
     """Return what the codes stand for, in the weight's dtype and layout."""
-    values = dequantize(weight.quantized())
+    values = decode(weight.parts, tuple(weight.shape), weight.spec, weight.dtype)
     if values.stride() == weight.stride():
         return values
     found = torch.empty_strided(

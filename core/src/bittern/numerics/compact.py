@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bittern.numerics.codec import Codec, Scales, codec_of
 from bittern.numerics.layout import scale_shape
+from bittern.numerics.lookup import look_up, takes
 from bittern.numerics.packing import (
     from_offset_binary,
     offset_binary,
@@ -22,11 +23,11 @@ from bittern.numerics.packing import (
     unpack_bits,
     unpack_nibbles,
 )
-from bittern.numerics.quantize import Quantized
+from bittern.numerics.quantize import Quantized, dequantize, scaled
 from bittern.numerics.stored import e4m3_scales, e8m0_bytes, e8m0_scales
 from bittern.records import QuantizerSpec
 
-__all__ = ["PARTS", "compact", "compact_layout", "expand"]
+__all__ = ["PARTS", "compact", "compact_layout", "decode", "expand"]
 
 PARTS = ("codes", "scale", "zero_point", "global_scale")
 WORD = 32
@@ -66,14 +67,30 @@ def expand(
         spec: Format and granularity.
         dtype: Dtype of what the codes stand for.
     """
-    codec, bits = codec_of(spec.format), spec.format.bits
-    scale = parts["scale"]
-    scale = e8m0_scales(scale) if scale.dtype == torch.uint8 else scale.float()
-    zero = parts.get("zero_point")
-    if zero is not None:
-        zero = _unpack(zero, bits, tuple(scale.shape), codec.storage).float()
-    codes = _unpack(parts["codes"], bits, shape, codec.storage)
-    return Quantized(codes, Scales(scale, zero, parts.get("global_scale")), spec, dtype)
+    codec = codec_of(spec.format)
+    codes = _unpack(parts["codes"], spec.format.bits, shape, codec.storage)
+    return Quantized(codes, _scales(parts, spec, codec), spec, dtype)
+
+
+def decode(
+    parts: Mapping[str, Tensor], shape: Shape, spec: QuantizerSpec, dtype: torch.dtype
+) -> Tensor:
+    """Return what the parts stand for: `dequantize` of `expand`, bit for bit, and faster.
+
+    Args:
+        parts: The parts.
+        shape: Shape of the tensor.
+        spec: Format and granularity.
+        dtype: Dtype of the result.
+    """
+    codec, codes = codec_of(spec.format), parts["codes"]
+    nibbles = spec.format.bits == 4 and _is_packed(shape, 4, codec.storage)
+    if takes(codes) and codes.numel() and (nibbles or codes.dtype != torch.int8):  # a cast is fast
+        values = look_up(codes, codec, nibbles=nibbles, length=shape[-1] if shape else 1)
+        if values is not None:
+            scales = _scales(parts, spec, codec)
+            return scaled(values.view(shape) if not shape else values, spec, scales, dtype)
+    return dequantize(expand(parts, shape, spec, dtype))
 
 
 def compact_layout(shape: Shape, spec: QuantizerSpec) -> dict[str, tuple[Shape, torch.dtype]]:
@@ -94,6 +111,15 @@ def compact_layout(shape: Shape, spec: QuantizerSpec) -> dict[str, tuple[Shape, 
         stack = (shape[0], *([1] * (len(shape) - 1))) if spec.stacked else ()
         found["global_scale"] = (stack, torch.float32)
     return found
+
+
+def _scales(parts: Mapping[str, Tensor], spec: QuantizerSpec, codec: Codec) -> Scales:
+    scale = parts["scale"]
+    scale = e8m0_scales(scale) if scale.dtype == torch.uint8 else scale.float()
+    zero = parts.get("zero_point")
+    if zero is not None:
+        zero = _unpack(zero, spec.format.bits, tuple(scale.shape), codec.storage).float()
+    return Scales(scale, zero, parts.get("global_scale"))
 
 
 def _scale_dtype(spec: QuantizerSpec, codec: Codec) -> torch.dtype:

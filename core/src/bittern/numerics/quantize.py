@@ -19,7 +19,7 @@ from bittern.numerics.layout import amax, as_blocks, check_dtype, expand_scale, 
 from bittern.numerics.ranges import Range, check_scales, global_amax, measure, scales_for
 from bittern.records import PerTensor, QuantizerSpec
 
-__all__ = ["Quantized", "dequantize", "fake_quantize", "quantize"]
+__all__ = ["Quantized", "dequantize", "fake_quantize", "quantize", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,19 @@ def dequantize(quantized: Quantized) -> Tensor:
     return _run(function, quantized.codes, spec, scales, global_scale=None, dtype=dtype)[0]
 
 
+def scaled(values: Tensor, spec: QuantizerSpec, scales: Scales, dtype: torch.dtype) -> Tensor:
+    """Return numbers of the grid times their scales: `dequantize` of codes that are loaded already.
+
+    Args:
+        values: Float32, what `Codec.load` returns.
+        spec: Format and granularity.
+        scales: The scales.
+        dtype: Dtype of the result.
+    """
+    function = partial(_scaled, dtype=dtype)
+    return _run(function, values, spec, scales, global_scale=None, dtype=dtype)[0]
+
+
 def _run(
     function: Function,
     x: Tensor,
@@ -175,14 +188,27 @@ def _decoded(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Scales]:
     """Return what codes stand for, in float32, as far as ``dtype`` holds it."""
-    assert scales is not None
-    codec = codec_of(spec.format)
     # Load before padding: torch pads no float8 tensor.
-    values = as_blocks(codec.load(codes), spec.granularity)
+    values = codec_of(spec.format).load(codes)
+    return _scaled(values, spec, scales, global_scale, dtype=dtype)
+
+
+def _scaled(
+    values: Tensor,
+    spec: QuantizerSpec,
+    scales: Scales | None,
+    global_scale: Tensor | None,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Scales]:
+    """Return numbers of the grid times their scales, in float32, as far as ``dtype`` holds it."""
+    assert scales is not None
+    blocks = as_blocks(values, spec.granularity)
     if scales.zero_point is not None:
-        values = values - expand_scale(scales.zero_point, spec.granularity)
-    values = _saturated(values * expand_scale(scales.step, spec.granularity), codec, dtype)
-    return from_blocks(values, spec.granularity, codes.shape), scales
+        blocks = blocks - expand_scale(scales.zero_point, spec.granularity)
+    blocks = blocks * expand_scale(scales.step, spec.granularity)
+    blocks = _saturated(blocks, codec_of(spec.format), dtype)
+    return from_blocks(blocks, spec.granularity, values.shape), scales
 
 
 def _scales_of(x: Tensor, spec: QuantizerSpec, global_scale: Tensor | None) -> Scales:
