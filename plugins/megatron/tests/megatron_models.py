@@ -6,6 +6,8 @@ gathers. `on_cpu` answers for it, in tests only.
 
 from __future__ import annotations
 
+import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +34,8 @@ LENGTH = 16
 def ensure_groups(tensor: int = 1, pipeline: int = 1) -> None:
     """Make Megatron's process groups, and a process group of one where there is none."""
     if not dist.is_initialized():
+        if "lo" in {name for _, name in socket.if_nameindex()}:  # host names need not resolve
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)

@@ -192,6 +192,18 @@ def test_every_expert_keeps_its_own_ranges(toolkit: Toolkit, tmp_path: Path) -> 
     assert all(map(torch.equal, fresh.parameters(), model.parameters()))
 
 
+@torch.no_grad()
+def test_compressed_weights_compute_and_are_not_saved(toolkit: Toolkit, tmp_path: Path) -> None:
+    model = gpt()
+    toolkit.quantize(model, "int8-weight-only")
+    expected = model(**batch(0))
+    toolkit.apply_mode(model, "compress")
+    assert torch.equal(model(**batch(0)), expected)
+    with pytest.raises(CheckpointError, match=r"linear_proj: its weight is compressed"):
+        toolkit.save(model, tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
 def test_what_only_a_pickle_could_hold_is_refused(tmp_path: Path) -> None:
     model = gpt()
     layer = model.decoder.layers[0].mlp.linear_fc2

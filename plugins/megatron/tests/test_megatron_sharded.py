@@ -134,6 +134,7 @@ def on_two(rank: int, world: int, folder: Path) -> dict[str, Any]:
             save(model, folder / f"{recipe}-two")
             found[recipe] = described(model)
         _own_flow(model, folder / "own")
+        toolkit().save(model, folder / "state-two")
         fresh = gpt()
         toolkit().restore(fresh, folder / "state")
         found["restored"] = described(fresh)
@@ -259,6 +260,9 @@ def back_on_one(rank: int, world: int, folder: Path) -> dict[str, Any]:
                 path = folder / f"{recipe}-{kind}"
                 found[path.name] = described(loaded(rules, path))
         found["stages"] = described(loaded(RECIPES["mixed"], folder / "mixed-stages"))
+        fresh = gpt()
+        toolkit().restore(fresh, folder / "state-two")
+        found["restored"] = described(fresh)
         last = list(RECIPES)[-1]
         model = gpt()
         kit = toolkit()
@@ -368,6 +372,12 @@ def test_what_one_rank_saved_is_restored_on_two(runs: dict[str, Any]) -> None:
         found, expected = (runs["two"][rank][key] for key in ("restored", f"{last} loaded"))
         assert same(found["state"], expected["state"]) == []
         assert torch.equal(found["logits"], expected["logits"])
+
+
+def test_what_two_ranks_saved_is_restored_on_one(runs: dict[str, Any]) -> None:
+    found, expected = runs["back"]["restored"], runs["back"][f"{list(RECIPES)[-1]}-two"]
+    assert same(found["state"], expected["state"]) == []
+    assert torch.equal(found["logits"], expected["logits"])
 
 
 def test_the_users_own_checkpoint_carries_the_quantizers(runs: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
-from bittern.errors import ModelError
+from bittern.errors import CheckpointError, ModelError
 from bittern.nn import QuantModule
 from bittern.nn.intercept import path_of
+from bittern.nn.packed import PackedWeight
 from bittern_megatron.shards import Shard
 from bittern_megatron.state import entries, take
 
@@ -51,7 +52,17 @@ class ParallelLinear(QuantModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Return the layer's entries for dist_checkpointing, those of its quantizers included."""
+        """Return the layer's entries for dist_checkpointing, those of its quantizers included.
+
+        Raises:
+            CheckpointError: The weight is compressed.
+        """
+        if isinstance(self.weight, PackedWeight):
+            raise CheckpointError(
+                "its weight is compressed, and packed codes cannot be divided among other ranks",
+                where=path_of(self),
+                hint="save before bittern.compress, and compress what was restored",
+            )
         found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         ours = tuple(f"{prefix}{slot}_quantizer." for slot in self.slots())
         own = {key: value for key, value in found.items() if not ours or not key.startswith(ours)}
