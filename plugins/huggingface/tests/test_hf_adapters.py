@@ -144,6 +144,51 @@ def test_merged_weights_are_quantized_in_ranges_of_their_own(recipe: str) -> Non
             assert torch.equal(module.quantizer("weight")(module.weight), quantizer(weight)), name
 
 
+def test_adapters_of_experts_are_trained_restored_and_merged(tmp_path: Path) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=128,
+            num_local_experts=4,
+        )
+        return transformers.MixtralForCausalLM(config).eval()
+
+    def adapted(base: Any) -> Any:
+        torch.manual_seed(1)
+        names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=names)
+        return peft.get_peft_model(base, config).eval()
+
+    base = make()
+    bt.quantize(base, "int8", [{"input_ids": IDS[:4]}])
+    expected = logits(base)
+    network = adapted(base)
+    assert torch.equal(logits(network), expected)
+    trained(network)
+    assert not torch.equal(logits(network), expected)
+
+    bt.save(network, tmp_path / "state")
+    fresh = adapted(make())
+    bt.restore(fresh, tmp_path / "state")
+    assert torch.equal(logits(fresh), logits(network))
+
+    merged = merge_adapters(network)
+    reference = make()
+    reference.load_state_dict(merged.state_dict())
+    bt.quantize(reference, "int8", [{"input_ids": IDS[:4]}])
+    ours, theirs = (m.model.layers[0].mlp.experts for m in (merged, reference))
+    for slot in ("gate_up_proj", "down_proj"):
+        weight = getattr(theirs, slot)
+        assert torch.equal(
+            ours.quantizer(slot)(getattr(ours, slot)), theirs.quantizer(slot)(weight)
+        )
+
+
 def test_a_merged_model_is_saved_and_loaded(tmp_path: Path) -> None:
     merged = merge_adapters(trained(wrapped(quantized())))
     bt.save(merged, tmp_path / "state")

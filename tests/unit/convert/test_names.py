@@ -84,3 +84,11 @@ def test_a_container_with_a_child_called_module_is_no_wrapper() -> None:
     model = nn.ModuleDict({"module": nn.Linear(4, 4)})
     assert unwrapped(model) is model
     assert LiveNames(model).saved("module.weight") == "module.weight"
+
+
+def test_tensors_of_wrappers_in_each_other_are_not_taken_for_one() -> None:
+    wrapped = AveragedModel(AveragedModel(nn.Linear(4, 4)))
+    names = LiveNames(wrapped, wrapped.state_dict())
+    saved = {names.saved(name): name for name in wrapped.state_dict()}
+    assert set(saved) == {"weight", "bias", "n_averaged", "module.n_averaged"}
+    assert {names.live(name) for name in saved} == set(wrapped.state_dict())

@@ -7,6 +7,7 @@ are known by their class, so that a model may have children of its own with such
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
@@ -61,20 +62,23 @@ class LiveNames:
             if path.rpartition(".")[2] not in LEFT_OUT
         }
         self._live: dict[str, str] = {}
+        self._same: frozenset[str] = frozenset()
         if self._inserted:
             for path in modules:  # what is wrapped comes after its wrapper, and counts
                 self._live[self.saved(path)] = path
-            self._live |= {self.saved(name): name for name in tensors}
+            names = list(tensors)
+            counts = Counter(map(self.saved, names))
+            # Wrappers in each other may have tensors of one name: those keep where they are.
+            self._same = frozenset(name for name in names if counts[self.saved(name)] > 1)
+            self._live |= {self.saved(name): name for name in names}
 
     def saved(self, name: str) -> str:
         """Return the name in files of a module, a tensor or a quantizer."""
-        if not self._inserted:
+        if not self._inserted or name in self._same:
             return name
         parts = name.split(".")
         return ".".join(
-            part
-            for end, part in enumerate(parts, 1)
-            if ".".join(parts[:end]) not in self._inserted
+            part for end, part in enumerate(parts, 1) if ".".join(parts[:end]) not in self._inserted
         )
 
     def live(self, name: str) -> str:
