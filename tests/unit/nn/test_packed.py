@@ -193,6 +193,14 @@ def test_tensors_of_a_file_that_do_not_fit_are_named(w: Tensor) -> None:
         unflatten_packed("fc.weight", wrong, like)
 
 
+def test_the_numbers_that_it_stands_for_are_taken(w: Tensor) -> None:
+    """DistributedDataParallel sends those of one rank to all."""
+    layer = layer_of(packed(w))
+    codes = layer.weight.codes.clone()
+    layer.load_state_dict({**layer.state_dict(), "weight": layer.weight.dequantize()})
+    assert torch.equal(layer.weight.codes, codes)
+
+
 # --- gradients and compilers ----------------------------------------------------------------------
 
 

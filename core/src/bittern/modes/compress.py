@@ -18,7 +18,6 @@ from bittern.errors import CheckpointError, NumericsError, PlanError
 from bittern.modes.context import ModeContext
 from bittern.modes.names import readers_named
 from bittern.nn.packed import PackedWeight, empty_packed, pack
-from bittern.nn.subclass import QuantSubclass
 from bittern.nn.weights import Reader, SharedWeight, quantized_weights
 
 __all__ = ["convert", "restore", "stored_bytes"]
@@ -101,8 +100,6 @@ def stored_bytes(model: nn.Module) -> int:
 def _packed(weight: SharedWeight) -> PackedWeight | str:
     """Return the packed form of a weight, or why there is none."""
     for reader in weight.readers:
-        if isinstance(reader.module, QuantSubclass):
-            return "the forward of its module reads it directly"
         if getattr(reader.module, "max_norm", None) is not None:
             return "its module changes it in place (max_norm)"
     if type(weight.parameter) is not nn.Parameter:

@@ -33,7 +33,8 @@ class PackedWeight(Tensor):
     """The packed form of a quantized weight, seen as a tensor of the weight's shape and dtype.
 
     It is read-only but for ``copy_`` from another one of the same format, which is what
-    ``load_state_dict`` does. A cast changes the dtype that it is unpacked to, not the codes.
+    ``load_state_dict`` does, or of the very numbers that it stands for. A cast changes the dtype
+    that it is unpacked to, not the codes.
 
     Args:
         parts: Codes and scales, as `bittern.numerics.compact` makes them.
@@ -289,6 +290,11 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         assert isinstance(source, PackedWeight)
         return target.copy_(_dense(source), non_blocking=non_blocking)
     if not isinstance(source, PackedWeight):
+        # DDP sends the numbers of rank 0 to all others, which hold the same
+        if source.shape == target.shape and torch.equal(
+            source.to(target.device, target.dtype), _dense(target)
+        ):
+            return target
         raise NumericsError(
             "this weight is packed, and a plain tensor has no codes for it",
             hint="load it into a model that is not compressed, and compress that",

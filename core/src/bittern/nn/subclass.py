@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,11 +21,20 @@ from bittern.nn.intercept import (
     variants,
 )
 from bittern.nn.module import QuantModule, original_class
+from bittern.nn.packed import PackedWeight
 from bittern.nn.weightreads import why_not_proven
 
 __all__ = ["QuantSubclass", "refusal"]
 
 _INPUT, _WEIGHT = Place(0, ("input",)), Place(1, ("weight",))
+_FIRST = Place(0, ("input", "self"))
+_TURNS = frozenset(
+    {
+        *variants("t", "transpose"),
+        torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
+    }
+)
 _DIRECT = frozenset({F.linear, *variants("conv1d", "conv2d", "conv3d")})
 
 
@@ -72,12 +82,13 @@ class QuantSubclass(QuantModule):
 class _Products(Intercept):
     """Quantizes both sides of the products with one module's weight."""
 
-    watched = frozenset({*_DIRECT, *MATMULS})
+    watched = frozenset({*_DIRECT, *MATMULS, *_TURNS})
 
     def __init__(self, module: QuantSubclass) -> None:
         super().__init__()
         self._module = module
         self._weight = module.weight
+        self._turned: Tensor | None = None  # a packed weight has no transposed view
         self._met = False
 
     def seen(self, call: Call) -> Any:
@@ -85,8 +96,14 @@ class _Products(Intercept):
         if call.func in _DIRECT:
             if call.get(_WEIGHT) is self._weight:
                 return self._run(call, _INPUT, _WEIGHT, self._quantized())
+        elif call.func in _TURNS:
+            if isinstance(self._weight, PackedWeight) and call.get(_FIRST) is self._weight:
+                self._turned = call.put(_FIRST, self._quantized()).run()
+                return self._turned
         else:
             left, right = MATMULS[call.func]
+            if self._turned is not None and call.get(right) is self._turned:
+                return self._run(call, left, right, self._turned)
             if _is_transpose(call.get(right), self._weight):
                 return self._run(call, left, right, self._quantized().t())
         return call.run()
