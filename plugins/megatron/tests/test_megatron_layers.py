@@ -18,6 +18,7 @@ from bittern.errors import ModelError
 from bittern.nn import QuantModule
 from bittern.testing import sqnr
 from bittern.toolkit import Toolkit
+from bittern_megatron.parallel import SharedQuantizer
 from megatron_models import batch, column, gpt, row
 
 RULE = {"match": {"class": "Linear"}, "weight": "int8", "input": "fp8"}
@@ -199,6 +200,16 @@ def test_a_learned_range_goes_through_a_sharded_state_dict(
     assert torch.equal(other(X)[0], expected)
     if trained:
         assert other.quantizer("weight").learned is learned
+
+
+def test_a_learned_range_is_fixed_where_ranks_share_it(toolkit: Toolkit) -> None:
+    layer = quantized(column(), toolkit)
+    learned = layer.quantizer("input")
+    learned.learn()
+    shared = SharedQuantizer(learned.spec, name="shared")
+    shared.load_state(learned.state())
+    assert shared.learned is None
+    assert torch.equal(shared(X), learned(X))
 
 
 def test_hooks_import_neither_torch_nor_megatron() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import megatron_models
 from bittern.checkpoint.tensors import load_quantizers, quantizer_tensors
-from bittern.errors import CheckpointError, PlanError
+from bittern.errors import CheckpointError, NumericsError, PlanError
 from bittern.nn import named_quant_modules
 from bittern.testing import run_distributed
 from bittern.toolkit import Toolkit
@@ -231,6 +231,14 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     with pytest.raises(CheckpointError) as caught:
         save(gpt(), folder / f"rank-{rank}")
     found["directories"] = str(caught.value)
+    model = gpt()
+    toolkit().quantize(model, "int8", [batch(0)])
+    layer = model.decoder.layers[0].mlp.linear_fc1
+    with pytest.raises(NumericsError) as unlearned:
+        layer.quantizer("input").learn()
+    found["learned"] = str(unlearned.value)
+    learned = layer.quantizer("weight").learn()  # each rank has the ranges of its rows
+    assert learned.shape[0] == len(layer.weight)
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -396,6 +404,7 @@ def test_the_users_own_checkpoint_carries_the_quantizers(runs: dict[str, Any]) -
         ("damaged", "holds NaN or Inf"),
         ("stages", "a pipeline stage counts its layers from 0"),
         ("tokens", "linear_proj.input and 3 more have a scale per token and rank"),
+        ("learned", "each knows only its part of the gradient"),
         ("directories", "the ranks were given different directories"),
     ],
 )

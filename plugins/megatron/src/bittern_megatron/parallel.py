@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.utils import get_pg_size
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -33,7 +34,28 @@ class _AgreedError(NumericsError):
     """What is raised on all ranks that hold slices of one weight."""
 
 
-class ShardedWeightQuantizer(TensorQuantizer):
+class SharedQuantizer(TensorQuantizer):
+    """Quantizes on several ranks by one range, which no rank can learn alone."""
+
+    def learn(self) -> nn.Parameter:
+        """Refuse: the gradient of the range is a sum over the ranks.
+
+        Raises:
+            NumericsError: Always.
+        """
+        raise NumericsError(
+            "several tensor-parallel ranks round by this range, and each knows only its part of "
+            "the gradient",
+            where=self.name or None,
+            hint="train ranges with one tensor-parallel rank; what was learned can be restored",
+        )
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take what `state` returned; a range that was learned is a fixed one here."""
+        super().load_state({name: v for name, v in state.items() if name != "learned"})
+
+
+class ShardedWeightQuantizer(SharedQuantizer):
     """Quantizes one rank's slice of a weight by the range of the whole weight.
 
     Args:
@@ -165,6 +187,11 @@ def share_ranges(model: nn.Module) -> None:
             shard = layer.shard(slot)
             if quantizer.tensor is None:
                 uneven += _check_activation(layer, slot, quantizer, where=path)
+                if get_pg_size(layer.tp_group) > 1:
+                    ours = SharedQuantizer(
+                        quantizer.spec, name=quantizer.name, kernels=quantizer.kernels
+                    )
+                    layer.add_module(f"{slot}_quantizer", ours.train(layer.training))
             elif shard is not None and shard.size > 1:
                 _check_weight(layer, quantizer, shard, where=path)
                 _share(layer, slot, quantizer, shard)
