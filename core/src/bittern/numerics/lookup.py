@@ -44,12 +44,13 @@ def _table(codec: Codec, *, nibbles: bool, device: torch.device) -> Tensor | Non
     key = (id(codec), 4 if nibbles else 8, device)
     if key not in _TABLES:
         with torch.inference_mode(False), torch.no_grad():
-            _TABLES[key] = (codec, _made(codec, nibbles=nibbles, device=device))
+            made = _made(codec, nibbles=nibbles)
+            _TABLES[key] = (codec, None if made is None else made.to(device))
     return _TABLES[key][1]
 
 
-def _made(codec: Codec, *, nibbles: bool, device: torch.device) -> Tensor | None:
-    every = torch.arange(16 if nibbles else 256, dtype=torch.uint8, device=device)
+def _made(codec: Codec, *, nibbles: bool) -> Tensor | None:
+    every = torch.arange(16 if nibbles else 256, dtype=torch.uint8)  # on the CPU: it may fail
     if codec.storage == torch.int8 and nibbles:
         every = (every ^ 8).to(torch.int8) - 8  # two's complement
     try:
