@@ -17,7 +17,7 @@ from bittern.nn.linear import QuantLinear
 
 peft = pytest.importorskip("peft")
 
-from bittern_huggingface.adapters import merge_adapters  # noqa: E402 - it needs peft
+from bittern_huggingface.merging import merge_adapters  # noqa: E402 - it needs peft
 from bittern_huggingface.training import QuantizationCallback  # noqa: E402
 
 IDS = torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(0))

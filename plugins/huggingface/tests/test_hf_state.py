@@ -14,6 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper as checkpointed,
+)
 
 import bittern as bt
 from bittern.errors import CheckpointError, ModelError
@@ -215,6 +218,23 @@ def test_a_wrapped_model_is_saved_and_restored_as_the_model_within(
     fresh = torch.compile(different(llama))
     bt.restore(fresh, path)
     assert torch.equal(logits(fresh._orig_mod), logits(model))
+
+
+def test_a_model_with_wrapped_blocks_is_saved_and_restored_under_its_own_names(
+    saved: tuple[Any, Path], tmp_path: Path
+) -> None:
+    model, path = saved
+
+    def with_wrapped_blocks(network: Any) -> Any:
+        layers = network.model.layers
+        layers[0], layers[1] = torch.compile(layers[0], backend="eager"), checkpointed(layers[1])
+        return network
+
+    fresh = with_wrapped_blocks(different(llama))
+    bt.restore(fresh, path)
+    assert torch.equal(logits(fresh), logits(model))
+    bt.save(fresh, tmp_path / "state")
+    assert torch.equal(logits(bt.load(str(tmp_path / "state"))), logits(model))
 
 
 def test_learned_ranges_stay_out_of_the_files_of_transformers(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         return
     inner = inner_model(model)
     assert inner is not None
-    own, more = own_tensors(inner), dict(tensors)
+    own, more = _named_tensors(inner), dict(tensors)
     if is_packed(inner):
         tied = aliases_in(own)
         more |= {name: t.cpu().contiguous() for name, t in own.items() if name not in tied}
@@ -103,6 +103,12 @@ def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         _save_config(inner, path)
     copy_companions(inner, path)
     save_file(more, path / TENSORS)
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's own tensors by the names that they have without wrappers of its parts."""
+    names = own_names(model)
+    return {names.saved(name): tensor for name, tensor in own_tensors(model).items()}
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -130,7 +136,7 @@ def load(model: nn.Module, path: Path) -> Mapping[str, Tensor]:
     """
     inner = inner_model(model)
     assert inner is not None
-    own, names = own_tensors(inner), own_names(model)
+    own, names = _named_tensors(inner), own_names(inner)
     if any(tensor.device.type == "meta" for tensor in own.values()):
         raise CheckpointError(
             "weights of the model are offloaded, and nothing can be loaded into those",
@@ -143,7 +149,7 @@ def load(model: nn.Module, path: Path) -> Mapping[str, Tensor]:
     for name, tensor in found.items():
         if name not in own or own[name].shape != tensor.shape:
             _refuse(f"{name} does not fit", path)
-    model.load_state_dict({names.live(n): t for n, t in found.items()}, strict=False)
+    inner.load_state_dict({names.live(n): t for n, t in found.items()}, strict=False)
     loaded = {own[name].data_ptr() for name in found}
     missing = [name for name in own if name not in found and own[name].data_ptr() not in loaded]
     if missing:
