@@ -212,11 +212,15 @@ def test_an_export_with_adapters_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trainer_resumes_adapters_and_learned_ranges(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_trainer_resumes_adapters_and_learned_ranges(packed: bool, tmp_path: Path) -> None:
     rows = [{"input_ids": row, "labels": row} for row in IDS]
 
     def run(path: Path, resume: Path | None) -> Any:
-        network = wrapped(quantized())
+        base = quantized()
+        if packed:
+            bt.apply_mode(base, "compress")
+        network = wrapped(base)
         args = transformers.TrainingArguments(
             str(path),
             max_steps=4,

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import bittern
-from bittern.checkpoint.tensors import QUANTIZERS, load_quantizers, quantizer_tensors
+from bittern.checkpoint.tensors import load_quantizers, quantizer_tensors
 from bittern.checkpoint.witness import WITNESS, check_witness
 from bittern.errors import CheckpointError, TrainingError
 from bittern.nn import named_quantizers, quantizer_keys
@@ -228,7 +228,7 @@ def _load_ranges(model: nn.Module, path: Path) -> None:
         )
     found = load_tensors(path / TENSORS, error=CheckpointError, within=path)
     check_witness(model, {n: t for n, t in found.items() if n.startswith(WITNESS)}, where=str(path))
-    saved = {name: tensor for name, tensor in found.items() if name.startswith(QUANTIZERS)}
+    saved = {name: tensor for name, tensor in found.items() if not name.startswith(WITNESS)}
     ours = quantizer_tensors(model)
     other = sorted(saved.keys() ^ ours.keys())
     other += [name for name in saved.keys() & ours.keys() if saved[name].shape != ours[name].shape]
