@@ -30,7 +30,8 @@ def test_a_state_of_any_schema_computes_what_it_did(path: Path) -> None:
     model = nn.Sequential(first, nn.ReLU(), tied, nn.ReLU(), nn.Linear(16, 4))
     bt.restore(model, path)
     expected = load_file(path / "expected.safetensors")
-    assert torch.equal(model(expected["input"]), expected["output"])
+    # not bit for bit: another processor sums the products of a matrix in another order
+    torch.testing.assert_close(model(expected["input"]), expected["output"], rtol=1e-5, atol=1e-6)
     assert tied.weight is first.weight
     assert [mode.name for mode in bt.modes_of(model)] == ["quantize"]
     assert bt.modes_of(model)[0].config["recipe"] == "int8"
