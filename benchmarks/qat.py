@@ -1,14 +1,14 @@
 """What training brings back of the perplexity that quantization costs.
 
     python benchmarks/qat.py MODEL CALIB.npy EVAL.npy [RECIPE ...] [--steps 300] [--outliers]
-        [--weights follow] [--activations fixed] [--task 0] [--device cuda] [--rows N] [--json]
+        [--weights follow] [--activations fixed] [--device cuda] [--rows N] [--json]
 
 MODEL is a directory that transformers loads; the files hold token ids, rows x length, and only
 CALIB is ever trained on. Every recipe is applied to a fresh model, calibrated on 128 rows, measured
-(PTQ), trained with distillation from the unquantized model (logits and the outputs of all blocks),
-and measured again (QAT). Rows are drawn without replacement, by a fixed seed; AdamW, 5 % warmup and
-a cosine to 0. ``--unquantized`` trains the plain model on the same rows by the same schedule, on
-next tokens: what the rows alone bring, which is no merit of quantization-aware training.
+(PTQ), trained with distillation from the unquantized model (logits and hidden states), and measured
+again (QAT). Batches are windows of the text that begin anywhere, drawn by a seed; AdamW, 5 % warmup
+and a cosine to 0. ``--unquantized`` trains the plain model by the same schedule on next tokens:
+what the text alone brings, which is no merit of training while quantized.
 """
 
 from __future__ import annotations
@@ -39,13 +39,23 @@ def schedule(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def draws(rows: Tensor, batch: int, steps: int, seed: int) -> list[Tensor]:
-    """Return batches of rows in random order, all rows used equally often."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[Tensor] = []
-    while sum(map(len, order)) < batch * steps:
-        order.append(torch.randperm(len(rows), generator=generator))
-    return [rows[i.to(rows.device)] for i in torch.cat(order)[: batch * steps].split(batch)]
+def draws(rows: Tensor, args: argparse.Namespace) -> list[Tensor]:
+    """Return batches of rows, each joined from windows of the text that begin anywhere."""
+    stream, length = rows.flatten(), rows.shape[1] // args.pieces
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = (args.steps, args.batch, args.pieces, 1)
+    starts = torch.randint(len(stream) - length + 1, shape, generator=generator)
+    return list(stream[(starts + torch.arange(length)).flatten(2).to(stream.device)])
+
+
+def states(model: nn.Module, where: str) -> list[str]:
+    """Return the modules whose outputs are compared."""
+    layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+    if where == "linears":
+        kinds = [n for n, m in model.model.layers[0].named_modules() if isinstance(m, nn.Linear)]
+        return [f"{layer}.{kind}" for layer in layers for kind in kinds]
+    parts = ("self_attn", "mlp") if where == "parts" else ()
+    return [*layers, *(f"{layer}.{part}" for layer in layers for part in parts)]
 
 
 def train(student: nn.Module, teacher: nn.Module, rows: Tensor, args: argparse.Namespace) -> None:
@@ -53,27 +63,30 @@ def train(student: nn.Module, teacher: nn.Module, rows: Tensor, args: argparse.N
     ranges = train_ranges(
         student, weights=args.weights, activations=args.activations, decay=args.decay
     )
-    learned = set(ranges.parameters())
-    others = [p for p in student.parameters() if p not in learned]
+    frozen = [p for n, p in student.named_parameters() if args.freeze and args.freeze in n]
+    left_out = {id(p) for p in (*ranges.parameters(), *frozen)}
+    others = [p for p in student.parameters() if id(p) not in left_out]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [
             {"params": others, "lr": args.lr, "weight_decay": 0.0},
-            {"params": list(learned), "lr": args.range_lr, "weight_decay": 0.0},
+            *ranges.parameter_groups(args.range_lr),
         ],
-        betas=(0.9, 0.95),
+        betas=(0.9, args.beta2),
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i, args.steps))
     student.train()
     with Distillation(
         student,
         teacher,
-        hidden="blocks" if args.hidden else (),
+        hidden=states(student, args.hidden_at),
         temperature=args.temperature,
         hidden_weight=args.hidden,
         task_weight=args.task,
         adapter=default_toolkit().adapter(student),
     ) as distillation:
-        for step, ids in enumerate(draws(rows, args.batch, args.steps, args.seed)):
+        for step, ids in enumerate(draws(rows, args)):
             optimizer.zero_grad()
             loss = distillation.loss({"input_ids": ids})
             loss.backward()
@@ -93,7 +106,7 @@ def unquantized(model: nn.Module, rows: Tensor, args: argparse.Namespace) -> Non
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i, args.steps))
     model.train()
-    for ids in draws(rows, args.batch, args.steps, args.seed):
+    for ids in draws(rows, args):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -112,12 +125,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--range-lr", type=float, default=1e-3, help="of learned ranges")
+    parser.add_argument("--beta2", type=float, default=0.95)
+    parser.add_argument("--range-lr", type=float, default=1e-3, help="of learned ranges, relative")
+    parser.add_argument("--freeze", default="embed_tokens", help="parts of names to leave as is")
+    parser.add_argument("--pieces", type=int, default=1, help="places that a row is taken from")
     parser.add_argument("--weights", default="follow")
     parser.add_argument("--activations", default="fixed")
     parser.add_argument("--decay", type=float, default=0.99)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--hidden", type=float, default=1.0, help="weight of the hidden states")
+    parser.add_argument("--hidden-at", choices=("blocks", "parts", "linears"), default="blocks")
     parser.add_argument("--task", type=float, default=0.0, help="weight of the next tokens")
     parser.add_argument("--outliers", action="store_true")
     parser.add_argument("--unquantized", action="store_true")

@@ -99,7 +99,7 @@ def learned_range(x: Tensor, amax: Tensor, spec: QuantizerSpec) -> Tensor:
         slope = as_blocks(exact.float() - passed.float(), granularity)
         slope = slope / expand_scale(divisor, granularity)
     codes = 2.0 ** (spec.format.bits - codec.signed) - 1
-    factor = codes**1.5 / math.sqrt(max(x.numel() // max(amax.numel(), 1), 1))
+    factor = codes**1.5 / math.sqrt(max(x.numel() / max(amax.numel(), 1), 1.0))
     moved = slope * expand_scale(factor * _slope_only(amax), granularity)
     moved = from_blocks(moved, granularity, x.shape).to(x.dtype)
     return exact + _slope_only(passed) + moved  # the gradients of two, the bits of the first

@@ -102,6 +102,20 @@ class RangeTraining:
             if quantizer.learned is not None:
                 yield quantizer.learned
 
+    def parameter_groups(self, relative_lr: float) -> list[dict[str, Any]]:
+        """Return the learned ranges as groups of an optimizer, without weight decay.
+
+        Adam moves a parameter by about its learning rate, whatever the gradient, and ranges are as
+        different as weights of 0.1 and activations of 100 are. So each has a rate of its own.
+
+        Args:
+            relative_lr: Learning rate in units of the mean range of a quantizer.
+        """
+        return [
+            {"params": [p], "lr": relative_lr * float(p.detach().abs().mean()), "weight_decay": 0.0}
+            for p in self.parameters()
+        ]
+
     def step(self) -> None:
         """Bring ranges up to date; call it after every step of the optimizer, on every rank.
 
