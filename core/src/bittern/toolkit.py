@@ -117,7 +117,7 @@ class Toolkit:
         from bittern.records import LoadConfig
 
         config = config if config is not None else LoadConfig()
-        found = self.plugins.first("resolve_model", source=source, config=config)
+        found = self.plugins.first("resolve_model", source=source, config=config, toolkit=self)
         if found is None:
             loaders = self.plugins.implementations("resolve_model")
             looks_like_path = source.startswith((".", "/", "~")) or source.endswith("/")

@@ -168,12 +168,13 @@ def register_commands(cli: click.Group) -> None:
 
 
 @hookspec(firstresult=True)
-def resolve_model(source: str, config: LoadConfig) -> nn.Module | None:
+def resolve_model(source: str, config: LoadConfig, toolkit: Any) -> nn.Module | None:
     """Load the model that a command line or a user names.
 
     Args:
         source: A directory or a hub name.
         config: Device and dtype.
+        toolkit: The `bittern.Toolkit` that loads it, with the plugins that a saved state may need.
 
     Returns:
         The model in eval mode, or ``None`` if ``source`` is not for this plugin.

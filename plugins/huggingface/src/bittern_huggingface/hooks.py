@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     import click
     from torch import nn
 
+    from bittern.toolkit import Toolkit
+
 __all__: list[str] = []
 
 
 @hookimpl
-def resolve_model(source: str, config: LoadConfig) -> nn.Module | None:
+def resolve_model(source: str, config: LoadConfig, toolkit: Toolkit) -> nn.Module | None:
     """Load a transformers checkpoint."""
     from bittern_huggingface.loading import load_model
 
-    return load_model(source, config)
+    return load_model(source, config, toolkit)
 
 
 @hookimpl

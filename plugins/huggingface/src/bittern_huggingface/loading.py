@@ -14,6 +14,7 @@ from torch import nn
 from bittern.errors import ModelError
 from bittern.reading import read_json
 from bittern.records import LoadConfig
+from bittern.toolkit import Toolkit
 
 __all__ = ["Source", "load_model", "source_of"]
 
@@ -40,13 +41,14 @@ def source_of(model: nn.Module) -> Source | None:
     return found if isinstance(found, Source) else None
 
 
-def load_model(source: str, config: LoadConfig) -> nn.Module | None:
+def load_model(source: str, config: LoadConfig, toolkit: Toolkit) -> nn.Module | None:
     """Load the model that ``source`` names, in eval mode, quantized if it was saved so.
 
     Args:
         source: A directory with config.json, or a hub name.
         config: Dtype ``"auto"`` is float32 on a CPU (bfloat16 matmuls are slow there and rounding
             would blur what quantization costs) and the checkpoint's own elsewhere.
+        toolkit: The plugins, for a saved state.
 
     Returns:
         ``None`` if ``source`` is no directory and cannot be a hub name.
@@ -76,7 +78,7 @@ def load_model(source: str, config: LoadConfig) -> nn.Module | None:
     name = None if checkpoint_dtype is None else str(checkpoint_dtype).removeprefix("torch.")
     setattr(model, _SOURCE, Source(source, name))
     model = model.to(device).eval()
-    _quantize_as_saved(model, path)
+    _quantize_as_saved(model, path, toolkit)
     return model  # type: ignore[no-any-return]
 
 
@@ -114,13 +116,13 @@ def _make(settings: Any, source: str, dtype: Any) -> Any:
     return model
 
 
-def _quantize_as_saved(model: nn.Module, path: Path) -> None:
+def _quantize_as_saved(model: nn.Module, path: Path, toolkit: Toolkit) -> None:
     """Restore the state that is in the directory, or beside its weights, if there is one."""
     from bittern_huggingface.state import restore_loaded, state_of
 
     state = state_of(path)
     if state is not None:
-        restore_loaded(model, state)
+        restore_loaded(model, state, toolkit)
 
 
 def _check_directory(path: Path) -> None:

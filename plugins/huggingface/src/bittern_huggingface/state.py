@@ -32,7 +32,7 @@ from bittern.nn.packed import PackedWeight
 from bittern.reading import load_tensors
 from bittern.records import CheckpointIO
 from bittern.runtime.ranks import is_first
-from bittern.toolkit import default_toolkit
+from bittern.toolkit import Toolkit
 from bittern_huggingface.companions import copy_companions
 
 __all__ = [
@@ -163,12 +163,13 @@ def state_of(path: Path) -> Path | None:
     return next((place for place in places if (place / "manifest.json").is_file()), None)
 
 
-def restore_loaded(model: nn.Module, state: Path) -> None:
+def restore_loaded(model: nn.Module, state: Path, toolkit: Toolkit) -> None:
     """Quantize a model as a saved one was that has its weights already.
 
     Args:
         model: What transformers loaded from the directory.
         state: What `state_of` found in it.
+        toolkit: The plugins.
 
     Raises:
         CheckpointError: The state is damaged, needs a plugin that is missing, or is of another
@@ -177,7 +178,7 @@ def restore_loaded(model: nn.Module, state: Path) -> None:
     io = CheckpointIO(name=NAME, save=save, load=lambda _, path: _ours(path))
     if is_packed_state(state):
         io = CheckpointIO(name=NAME, save=save, load=load)
-    restore_state(model, state, ModeContext(toolkit=default_toolkit()), resolve_io=lambda: io)
+    restore_state(model, state, ModeContext(toolkit=toolkit), resolve_io=lambda: io)
 
 
 def is_packed_state(state: Path) -> bool:
