@@ -120,6 +120,13 @@ def drop_tensor(path: Path) -> None:
     tensors = load_file(path / "state.safetensors")
     del tensors["2.weight"]
     save_file(tensors, path / "state.safetensors")
+    edit(path, lambda d: d.pop("checksums"))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray((path / "state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "state.safetensors").write_bytes(data)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -144,6 +151,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: (p / "state.safetensors").write_bytes(b"\x10" * 20),
         "cannot be read",
     ),
+    "a bit flipped": (flip_a_bit, "changed since it was saved"),
     "a tensor gone": (drop_tensor, r"2\.weight is missing"),
 }
 

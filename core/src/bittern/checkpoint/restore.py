@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bittern.checkpoint.checksums import check_tensors
+from bittern.checkpoint.checksums import check_file
 from bittern.checkpoint.manifest import DCP, SHARDS, TENSORS, Manifest
-from bittern.checkpoint.tensors import QUANTIZERS, load_quantizers, own_names, own_tensors, split
+from bittern.checkpoint.tensors import QUANTIZERS, load_quantizers, own_tensors, split
 from bittern.checkpoint.witness import WITNESS, check_witness
-from bittern.convert import remember, revert, unwrapped
+from bittern.convert import LiveNames, remember, revert, unwrapped
 from bittern.errors import BitternError, CheckpointError
 from bittern.modes import ModeContext, replay
 from bittern.nn.quantizer import LEARNED
@@ -50,8 +50,8 @@ def restore_state(
     tensors: dict[str, Tensor] = {}
     if io is None:
         tensors = load_tensors(path / TENSORS, error=CheckpointError, within=path)
-        if manifest.checksums:
-            check_tensors(tensors, manifest.checksums, where=where)
+        if TENSORS in manifest.checksums:
+            check_file(path / TENSORS, manifest.checksums[TENSORS])
     stack = [
         AppliedMode(name=m.name, plugin=m.plugin, config=m.config, metadata=m.metadata)
         for m in manifest.modes
@@ -69,14 +69,14 @@ def restore_state(
         if io is not None:
             quantizers = dict(io.load(wrapper, path))
         elif manifest.io == DCP:
-            own = _from_shards(model, path, manifest.aliases)
+            own = _from_shards(model, path, manifest)
         elif manifest.weights:
-            own = _fitting(model, own, where=where)
+            live = own_tensors(model)
+            own = _fitting(live, LiveNames(model, live), own, where=where)
+            own = {name: shard_like(tensor, live[name]) for name, tensor in own.items()}
         _check_learned(model, quantizers)
         load_quantizers(model, quantizers)
         if own:
-            live = own_tensors(model)
-            own = {name: shard_like(tensor, live[name]) for name, tensor in own.items()}
             model.load_state_dict(own, strict=False)
         for finish in later:
             finish()
@@ -113,24 +113,27 @@ def _io(
     return found
 
 
-def _from_shards(model: nn.Module, path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+def _from_shards(model: nn.Module, path: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Fill the tensors of a model from shards, and return them by live name."""
-    from bittern.checkpoint.sharded import load_shards, shard_shapes
+    from bittern.checkpoint.sharded import check_shards, load_shards, shard_shapes
 
-    folder = path / SHARDS
+    folder, aliases = path / SHARDS, manifest.aliases
+    together = any(map(is_sharded, model.parameters()))
+    live = own_tensors(model)
+    names = LiveNames(model, live)
     problem: Exception | None = None
     try:
         there = shard_shapes(folder)
+        check_shards(path, manifest.checksums, together=together)
         there |= {name: there[kept] for name, kept in aliases.items() if kept in there}
-        _fitting(model, there, where=str(path))
+        _fitting(live, names, there, where=str(path))
     except CheckpointError as error:
         problem = error
-    if any(map(is_sharded, model.parameters())):
+    if together:
         agree(problem, failure=CheckpointError)  # before anybody waits for the others
     elif problem is not None:
         raise problem
-    names = own_names(model)
-    own = {names.saved(name): tensor.detach() for name, tensor in own_tensors(model).items()}
+    own = {names.saved(name): tensor.detach() for name, tensor in live.items()}
     load_shards({name: tensor for name, tensor in own.items() if name not in aliases}, folder)
     with torch.no_grad():
         for name, kept in aliases.items():  # where the model ties them, it has them already
@@ -149,9 +152,10 @@ def _check_learned(model: nn.Module, quantizers: Mapping[str, Tensor]) -> None:
         )
 
 
-def _fitting(model: nn.Module, saved: dict[str, Tensor], *, where: str) -> dict[str, Tensor]:
+def _fitting(
+    own: Mapping[str, Tensor], names: LiveNames, saved: Mapping[str, Tensor], *, where: str
+) -> dict[str, Tensor]:
     """Compare names and shapes before anything is loaded, and return the tensors by live name."""
-    own, names = own_tensors(model), own_names(model)
     tensors = {names.live(name): tensor for name, tensor in saved.items()}
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in own]

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bittern._version import __version__
-from bittern.checkpoint.checksums import tensor_checksums
+from bittern.checkpoint.checksums import file_checksum
 from bittern.checkpoint.manifest import DCP, FILE, SHARDS, TENSORS, Manifest, ModeEntry
 from bittern.checkpoint.stage import shared_stage
 from bittern.checkpoint.tensors import aliases_in, own_names, own_tensors, quantizer_tensors
@@ -70,13 +70,13 @@ def save_state(
         if shards:
             from bittern.checkpoint.sharded import save_shards
 
-            save_shards(shards, stage / SHARDS)
+            checksums |= save_shards(shards, stage / SHARDS)
         if io is not None and not state_only:
             io.save(model, content.quantizers, stage)
         elif is_first():
             tensors = content.quantizers | {n: t.cpu().contiguous() for n, t in own.items()}
             save_file(tensors, stage / TENSORS)
-            checksums = tensor_checksums(tensors)
+            checksums[TENSORS] = file_checksum(stage / TENSORS)
         if is_first():
             name = "safetensors" if io is None or state_only else io.name
             Manifest(

@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
@@ -24,21 +25,28 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from bittern.checkpoint.checksums import check_file, file_checksum
+from bittern.checkpoint.manifest import SHARDS
 from bittern.errors import CheckpointError
 from bittern.reading import tensor_headers
 from bittern.runtime.access import is_sharded
-from bittern.runtime.ranks import agree, is_first
+from bittern.runtime.ranks import agree, alone, is_first
 
-__all__ = ["load_shards", "save_shards", "shard_shapes"]
+__all__ = ["check_shards", "load_shards", "save_shards", "shard_shapes"]
+
+Item = TypeVar("Item")
 
 
-def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
     """Write this rank's part of tensors; every rank calls this.
 
     Args:
         tensors: Name to tensor, a DTensor or the same on every rank; of the latter one rank writes
             each.
         folder: A directory that all ranks see; made where it is missing.
+
+    Returns:
+        The checksums of all files, by their path from the folder above.
 
     Raises:
         CheckpointError: A rank failed, or they do not see one directory.
@@ -47,19 +55,40 @@ def save_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(dict(tensors), storage_writer=writer)
     problem: Exception | None = None
+    checksums: dict[str, int] = {}
     try:
         if is_first():
-            found = shard_shapes(folder)
-            for name, tensor in tensors.items():
-                if name not in found or found[name].shape != tensor.shape:
-                    raise CheckpointError(
-                        f"not all shards of {name} were written",
-                        where=str(folder),
-                        hint="every rank has to write to one directory, on a shared file system",
-                    )
+            _check_whole(tensors, folder)
+        checksums = {_name(file): file_checksum(file) for file in _mine(_files(folder))}
     except Exception as error:
         problem = error
-    agree(problem, failure=CheckpointError)
+    parts = agree(problem, checksums, failure=CheckpointError)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def check_shards(path: Path, checksums: Mapping[str, int], *, together: bool) -> None:
+    """Raise unless the files are what was saved.
+
+    Args:
+        path: The directory above the folder of shards.
+        checksums: What `save_shards` returned.
+        together: Whether each rank looks at some of the files only, since all ranks are here.
+
+    Raises:
+        CheckpointError: A file changed, or is missing.
+    """
+    wanted = {name: value for name, value in checksums.items() if name.startswith(f"{SHARDS}/")}
+    names = sorted(wanted)
+    there = {_name(file) for file in _files(path / SHARDS)}
+    if wanted and there != set(names):
+        odd = min(there ^ set(names))
+        raise CheckpointError(
+            f"{odd} is missing" if odd in names else f"{odd} was not saved with it",
+            where=str(path),
+            hint="copy or download the whole directory again",
+        )
+    for name in _mine(names) if together else names:
+        check_file(path / name, wanted[name])
 
 
 def shard_shapes(folder: Path) -> dict[str, Tensor]:
@@ -68,7 +97,7 @@ def shard_shapes(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Files are damaged, or shards are missing.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = _files(folder)
     if not files:
         raise CheckpointError("there are no shards", where=str(folder))
     for file in files:
@@ -109,6 +138,30 @@ def load_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
             storage_reader=HuggingFaceStorageReader(str(folder)),
             no_dist=not together,
         )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _name(file: Path) -> str:
+    return f"{file.parent.name}/{file.name}"
+
+
+def _mine(items: list[Item]) -> list[Item]:
+    """Return this rank's share of a list that all ranks have."""
+    return items if alone() else items[dist.get_rank() :: dist.get_world_size()]
+
+
+def _check_whole(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    found = shard_shapes(folder)
+    for name, tensor in tensors.items():
+        if name not in found or found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"not all shards of {name} were written",
+                where=str(folder),
+                hint="every rank has to write to one directory, on a shared file system",
+            )
 
 
 @contextmanager
