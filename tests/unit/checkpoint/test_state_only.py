@@ -133,3 +133,24 @@ def test_nan_in_weights_is_no_difference(tmp_path: Path) -> None:
     bt.restore(other, tmp_path / "state")
 
     assert torch.equal(other(X).isnan(), model(X).isnan())
+
+
+def test_large_weights_and_those_of_eight_bits_are_sampled(tmp_path: Path) -> None:
+    """2**25 is the first count whose last index float32 rounds to one beyond the end."""
+
+    def build_large(first: float) -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16))
+        model[0].register_buffer("large", torch.zeros(2**25, dtype=torch.float16))
+        model[0].large[-1] = first
+        eight = torch.tensor([first, torch.nan, 2.0]).to(torch.float8_e4m3fn)
+        model[0].register_buffer("eight", eight)
+        return model
+
+    model = build_large(1.0)
+    bt.quantize(model, "int8", data=[X])
+    bt.save(model, tmp_path / "state", state_only=True)
+
+    bt.restore(build_large(1.0), tmp_path / "state")
+    with pytest.raises(CheckpointError, match="is not the weight"):
+        bt.restore(build_large(2.0), tmp_path / "state")

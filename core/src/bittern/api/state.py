@@ -11,10 +11,7 @@ from bittern.toolkit import Toolkit, toolkit_or_default
 if TYPE_CHECKING:
     from torch import nn
 
-    from bittern.records import (
-        AppliedMode,
-        DataConfig,
-    )
+    from bittern.records import AppliedMode, DataConfig
     from bittern.runtime import Data, Progress
 
 __all__ = ["apply_mode", "compress", "fold", "modes_of", "restore", "save", "unfold"]
@@ -34,12 +31,15 @@ def apply_mode(
 
     Args:
         model: Any PyTorch model.
-        mode: Name of the mode: ``quantize``, or a plugin's.
+        mode: Name of the mode: ``quantize``, ``fold``, ``compress``, or a plugin's.
         config: Its options.
         data: As for `quantize`, for modes that need data.
         data_config: How a path is read.
         progress: Shows where long work is.
         toolkit: Plugins to use; all that are installed by default.
+
+    Returns:
+        The mode as it is on the stack.
 
     Raises:
         PlanError: No such mode or option, or it may not follow the modes that were applied; the
@@ -125,15 +125,16 @@ def save(
     Args:
         model: A quantized model, or what wraps it.
         path: A directory that is empty or not there.
-        overwrite: Whether a saved state that is there already is replaced; at every instant the
-            directory is then the whole old or the whole new one.
         state_only: Whether only the quantizers' state is saved, beside weights that somebody else
             keeps.
+        overwrite: Whether a saved state that is there already is replaced; at every instant the
+            directory is then the whole old or the whole new one.
         toolkit: Plugins to use; all that are installed by default.
 
     Raises:
-        PlanError: The model is not quantized.
+        PlanError: No mode was applied to the model.
         OutputError: The directory cannot be used.
+        CheckpointError: In several processes: one of them failed, and says why.
     """
     toolkit_or_default(toolkit).save(model, path, state_only=state_only, overwrite=overwrite)
 

@@ -29,7 +29,11 @@ def migrated(data: Any, *, where: str) -> dict[str, Any]:
     """
     schema = data.get("schema") if isinstance(data, dict) else None
     if type(schema) is not int or schema < 1:
-        raise CheckpointError("malformed: no schema", where=where)
+        raise CheckpointError(
+            "malformed: no schema",
+            where=where,
+            hint="if it is no manifest of bittern's but another tool's, move it elsewhere",
+        )
     if schema > SCHEMA:
         raise CheckpointError(
             f"written by bittern {data.get('bittern')}, which is newer than this one",

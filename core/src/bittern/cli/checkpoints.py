@@ -28,6 +28,7 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: It is no directory, holds no model, or a file is damaged.
         VerificationError: bittern.json is malformed or newer than this version.
+        CheckpointError: manifest.json is.
     """
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "there is no such directory"

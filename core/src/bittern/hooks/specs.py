@@ -242,7 +242,7 @@ def resolve_calibration_data(
 def resolve_checkpoint_io(model: nn.Module, path: Path) -> CheckpointIO | None:
     """Save and restore through the framework's own format.
 
-    Called once per save and per restore.
+    Called once per save, and per restore of what a plugin's `CheckpointIO` saved.
 
     Args:
         model: The model to save, or to restore into.

@@ -72,6 +72,8 @@ def unfold(model: nn.Module) -> None:
         ModelError: The originals were not kept; nothing is changed then.
     """
     if NAME not in {mode.name for mode in modes_of(model)}:
-        raise PlanError("this model is not folded", hint="apply the mode 'fold' first")
+        raise PlanError(
+            "this model is not folded", hint="call bittern.fold(model, keep=True) first"
+        )
     unfold_all(model)
     drop_modes(model, frozenset({NAME}))

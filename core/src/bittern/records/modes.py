@@ -29,7 +29,8 @@ class Mode:
         config: ``"package.module:Class"`` of a frozen dataclass, made with the options that the
             user gives; ``None`` where the mode has no options: ``config`` is then an empty dict.
         metadata: ``"package.module:function"`` called as ``metadata(model)`` when the model is
-            saved, for what changed since; it takes the place of what ``convert`` returned.
+            saved, for what changed since; its keys take the place of those that ``convert``
+            returned.
         next_modes: Names of the modes that may follow; ``None`` for any, empty for none.
         exclusive: Whether a model holds it once: applied again, it takes the earlier one's place.
         description: One line for people.

@@ -49,7 +49,7 @@ def _save_tokenizer(model: nn.Module, path: Path) -> None:
     if not name:
         return
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return
     tokenizer.save_pretrained(path)

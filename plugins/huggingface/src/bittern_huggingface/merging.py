@@ -40,7 +40,7 @@ def merge_adapters(model: PeftModel, **options: Any) -> nn.Module:
             raise PlanError(
                 "the weight is folded: adding to it would leave the sum unquantized",
                 where=name,
-                hint="apply the mode 'unfold' first",
+                hint="call bittern.unfold(model) first",
             )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, PackedWeight):
