@@ -27,7 +27,6 @@ __all__ = [
     "own_tensors",
     "quantizer_tensors",
     "split",
-    "unaliased",
 ]
 
 QUANTIZERS = "bittern.quantizers/"
@@ -63,13 +62,6 @@ def aliases_in(tensors: Mapping[str, Tensor]) -> dict[str, str]:
             continue
         aliases[name] = first
     return aliases
-
-
-def unaliased(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return each storage once, on the CPU, and which names share which one."""
-    aliases = aliases_in(tensors)
-    kept = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if n not in aliases}
-    return kept, aliases
 
 
 def quantizer_tensors(model: nn.Module) -> dict[str, Tensor]:
