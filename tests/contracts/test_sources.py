@@ -137,3 +137,29 @@ def test_the_floors_only_look_down(root: Path, source_paths: list[Path]) -> None
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def test_no_code_of_a_model_repository_is_run(trees: dict[Path, ast.Module]) -> None:
+    """Classes of the Auto family ask at the terminal unless they are told no."""
+    calls = [
+        (f"{file}:{node.lineno}", node)
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
+    keywords = [
+        (place, keyword.value)
+        for place, call in calls
+        for keyword in call.keywords
+        if keyword.arg == "trust_remote_code"
+    ]
+    asking = [
+        place
+        for place, call in calls
+        if ast.unparse(call.func).rpartition("transformers.")[2].startswith("Auto")
+        and ast.unparse(call.func).endswith(".from_pretrained")
+        and place not in dict(keywords)
+    ]
+    assert len(keywords) >= 3
+    assert not [place for place, value in keywords if ast.unparse(value) != "False"]
+    assert not asking

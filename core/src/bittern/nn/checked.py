@@ -1,4 +1,4 @@
-"""Ranges that are fit to be set: finite, of the right sign, copies in float32."""
+"""Ranges that are fit to be set: finite, of the right sign, copies in float32; or to be learned."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 
 from bittern.errors import NumericsError
 from bittern.numerics import Range, codec_of
+from bittern.numerics.autograd import is_learnable
 from bittern.records import QuantizerSpec
 
-__all__ = ["checked_range"]
+__all__ = ["check_learnable", "checked_range"]
 
 
 def checked_range(
@@ -51,3 +52,28 @@ def checked_range(
                 hint="look for NaN or Inf in the weights or the calibration data",
             )
     return Range(amax, low, whole)
+
+
+def check_learnable(spec: QuantizerSpec, *, known: bool, where: str | None) -> None:
+    """Raise unless a range can be a parameter that training learns.
+
+    Args:
+        spec: Format, static or dynamic.
+        known: Whether there is one range, found by calibration.
+        where: Name of the quantizer, for errors.
+
+    Raises:
+        NumericsError: The range is dynamic or not known, or has no gradient.
+    """
+    if not known or spec.dynamic:
+        raise NumericsError(
+            "only a calibrated static range can be learned, and none of experts",
+            where=where,
+            hint="calibrate it first, with max",
+        )
+    if not is_learnable(spec):
+        raise NumericsError(
+            f"ranges of {spec.format.name} cannot be learned: rounding to its scales has no slope",
+            where=where,
+            hint="let them follow the weights, or the mean of the activations (ema)",
+        )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import NumericsError
-from bittern.nn.checked import checked_range
+from bittern.nn.checked import check_learnable, checked_range
 from bittern.nn.experts import Experts, per_row, scales_per_row
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import Observer
@@ -20,7 +20,7 @@ from bittern.nn.tracking import Tracker
 from bittern.nn.transforms import Transforms, keep_dtype
 from bittern.nn.weightcache import WeightCache
 from bittern.numerics import Range, Scales, codec_of, measure, scales_for
-from bittern.numerics.autograd import is_learnable, learned_range, straight_through
+from bittern.numerics.autograd import learned_range, straight_through
 from bittern.records import PerTensor, PerToken, QuantizerSpec
 from bittern.registry import KernelTable
 
@@ -254,21 +254,8 @@ class TensorQuantizer(nn.Module):
             NumericsError: The quantizer is dynamic, not calibrated, or one per expert; or its range
                 has no gradient: the format is asymmetric, or its scales are rounded themselves.
         """
-        where = self.name or None
         known = self.amax is not None or self.block_dynamic
-        if not known or self.spec.dynamic or self.per_expert:
-            raise NumericsError(
-                "only a calibrated static range can be learned, and none of experts",
-                where=where,
-                hint="calibrate it first, with max",
-            )
-        if not is_learnable(self.spec):
-            raise NumericsError(
-                f"ranges of {self.spec.format.name} cannot be learned: rounding to its scales has "
-                "no slope",
-                where=where,
-                hint="let them follow the weights, or the mean of the activations (ema)",
-            )
+        check_learnable(self.spec, known=known and not self.per_expert, where=self.name or None)
         self.clear_cache()
         if self.learned is None:
             assert self.amax is not None
