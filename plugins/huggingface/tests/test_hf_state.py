@@ -335,3 +335,18 @@ def size(path: Path) -> int:
 
 def test_other_models_are_left_to_core() -> None:
     assert checkpoint_io(nn.Linear(2, 2)) is None
+
+
+def test_a_state_that_does_not_fit_leaves_the_weights_as_they_were(
+    saved: tuple[Any, Path], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(saved[1], tmp_path / "copy")
+    tensors = load_file(copy / "state.safetensors")
+    save_file(
+        tensors | {"bittern.quantizers/x.weight/amax": torch.ones(())}, copy / "state.safetensors"
+    )
+    model = different(llama)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"'x\.weight'"):
+        bt.restore(model, copy)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

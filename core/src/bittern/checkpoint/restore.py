@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,18 +67,21 @@ def restore_state(
             samples = {n: t for n, t in tensors.items() if n.startswith(WITNESS)}
             check_witness(model, samples, where=where)
         later = replay(model, stack, context)
+        fill: Callable[[], object] | None = None
         if io is not None:
-            quantizers = dict(io.load(wrapper, path))
+            found, fill = io.load(wrapper, path)
+            quantizers = dict(found)
         elif manifest.io == DCP:
-            own = _from_shards(model, path, manifest)
+            fill = _from_shards(model, path, manifest)
         elif manifest.weights:
             live = own_tensors(model)
             own = _fitting(live, LiveNames(model, live), own, where=where)
             own = {name: shard_like(tensor, live[name]) for name, tensor in own.items()}
+            fill = partial(model.load_state_dict, own, strict=False)
         _check_learned(model, quantizers)
         load_quantizers(model, quantizers)
-        if own:
-            model.load_state_dict(own, strict=False)
+        if fill is not None:  # last, since what it writes into the model's tensors stays written
+            fill()
         for finish in later:
             finish()
     except Exception as error:  # a plan that nobody made can fail anywhere
@@ -113,8 +117,8 @@ def _io(
     return found
 
 
-def _from_shards(model: nn.Module, path: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Fill the tensors of a model from shards, and return them by live name."""
+def _from_shards(model: nn.Module, path: Path, manifest: Manifest) -> Callable[[], None]:
+    """Check shards, and return a function that fills the tensors of a model from them."""
     from bittern.checkpoint.sharded import check_shards, load_shards, shard_shapes
 
     folder, aliases = path / SHARDS, manifest.aliases
@@ -134,11 +138,15 @@ def _from_shards(model: nn.Module, path: Path, manifest: Manifest) -> dict[str, 
     elif problem is not None:
         raise problem
     own = {names.saved(name): tensor.detach() for name, tensor in live.items()}
-    load_shards({name: tensor for name, tensor in own.items() if name not in aliases}, folder)
-    with torch.no_grad():
-        for name, kept in aliases.items():  # where the model ties them, it has them already
-            own[name].copy_(own[kept])
-    return {names.live(name): tensor for name, tensor in own.items()}
+
+    def fill() -> None:
+        load_shards({name: tensor for name, tensor in own.items() if name not in aliases}, folder)
+        with torch.no_grad():
+            for name, kept in aliases.items():  # where the model ties them, it has them already
+                own[name].copy_(own[kept])
+        model.load_state_dict({names.live(name): t for name, t in own.items()}, strict=False)
+
+    return fill
 
 
 def _check_learned(model: nn.Module, quantizers: Mapping[str, Tensor]) -> None:

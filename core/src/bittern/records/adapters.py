@@ -97,10 +97,12 @@ class CheckpointIO:
         save: Called as ``save(model, tensors, path)``; it writes the model's own tensors, and
             ``tensors``, what the quantizers found out by name, into the directory ``path``. Every
             rank calls it.
-        load: Called as ``load(model, path)`` with the converted model; it fills the model's own
-            tensors, and returns those that ``save`` was given.
+        load: Called as ``load(model, path)`` with the converted model; it reads and checks, and
+            returns what ``save`` was given as ``tensors``, and a function that fills the model's
+            own tensors. Core calls that when nothing is left that could be refused, so that a
+            restore that fails leaves the model as it was.
     """
 
     name: str
     save: Callable[[Any, Mapping[str, Any], Any], None]
-    load: Callable[[Any, Any], Mapping[str, Any]]
+    load: Callable[[Any, Any], tuple[Mapping[str, Any], Callable[[], object]]]

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,8 @@ def _save_config(model: Any, path: Path) -> None:
         model.generation_config.save_pretrained(path)
 
 
-def load(model: nn.Module, path: Path) -> Mapping[str, Tensor]:
-    """Fill a model from what `save` wrote, and return the quantizers' tensors.
+def load(model: nn.Module, path: Path) -> tuple[Mapping[str, Tensor], Callable[[], object]]:
+    """Read what `save` wrote: the quantizers' tensors, and a function that fills the model.
 
     transformers builds a second model from the files, since names and layouts on disk are its own
     affair; its tensors are copied into ``model``, in the dtypes that this one has.
@@ -149,12 +149,12 @@ def load(model: nn.Module, path: Path) -> Mapping[str, Tensor]:
     for name, tensor in found.items():
         if name not in own or own[name].shape != tensor.shape:
             _refuse(f"{name} does not fit", path)
-    inner.load_state_dict({names.live(n): t for n, t in found.items()}, strict=False)
     loaded = {own[name].data_ptr() for name in found}
     missing = [name for name in own if name not in found and own[name].data_ptr() not in loaded]
     if missing:
         _refuse(f"{missing[0]} is missing", path)
-    return quantizers
+    live = {names.live(name): tensor for name, tensor in found.items()}
+    return quantizers, partial(inner.load_state_dict, live, strict=False)
 
 
 def state_of(path: Path) -> Path | None:
@@ -175,7 +175,7 @@ def restore_loaded(model: nn.Module, state: Path, toolkit: Toolkit) -> None:
         CheckpointError: The state is damaged, needs a plugin that is missing, or is of another
             model.
     """
-    io = CheckpointIO(name=NAME, save=save, load=lambda _, path: _ours(path))
+    io = CheckpointIO(name=NAME, save=save, load=lambda _, path: (_ours(path), lambda: None))
     if is_packed_state(state):
         io = CheckpointIO(name=NAME, save=save, load=load)
     restore_state(model, state, ModeContext(toolkit=toolkit), resolve_io=lambda: io)

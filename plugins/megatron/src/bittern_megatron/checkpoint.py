@@ -6,8 +6,9 @@ Megatron's own strategies hold pickles: see `entries_to_load`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -82,15 +83,16 @@ def save(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     dist.barrier()
 
 
-def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """Fill the weights of a converted model; every rank calls this.
+def load(model: nn.Module, path: Path) -> tuple[dict[str, Tensor], Callable[[], object]]:
+    """Read what a converted model is filled with; every rank calls this.
 
     Args:
         model: The converted model, or what wraps it.
         path: What `save` wrote.
 
     Returns:
-        What the quantizers found out, this rank's slices of it, by the names that `save` got.
+        What the quantizers found out, this rank's slices of it, by the names that `save` got; and
+        a function that fills the weights.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or is that of another model.
@@ -110,8 +112,7 @@ def load(model: nn.Module, path: Path) -> dict[str, Tensor]:
     names = _names(inner)
     ours = [key for key in found if key in names or key.startswith(QUANTIZERS)]
     quantizers = {_put_before(names.get(key, key), prefix=prefix): found.pop(key) for key in ours}
-    inner.load_state_dict(found)
-    return quantizers
+    return quantizers, partial(inner.load_state_dict, found)
 
 
 def entries_to_load(
