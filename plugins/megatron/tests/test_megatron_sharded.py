@@ -70,7 +70,8 @@ def quantized(recipe: str, plain: Path) -> nn.Module:
     from bittern_megatron import checkpoint
 
     model = gpt()
-    checkpoint.load(model, plain)
+    _, fill = checkpoint.load(model, plain)
+    fill()
     toolkit().quantize(model, RECIPES[recipe], [batch(seed) for seed in range(3)])
     return model
 
@@ -91,7 +92,9 @@ def loaded(recipe: Any, folder: Path) -> nn.Module:
         parameter.fill_(0.5)
     kit = toolkit()
     kit.convert(model, kit.plan(model, recipe))
-    load_quantizers(model, checkpoint.load(model, folder))
+    quantizers, fill = checkpoint.load(model, folder)
+    load_quantizers(model, quantizers)
+    fill()
     return model
 
 
