@@ -175,3 +175,75 @@ def test_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
     saved(tmp_path / "state")
     with pytest.raises(CheckpointError, match=r"another model|does not have"):
         bt.restore(nn.Sequential(nn.Linear(16, 16)), tmp_path / "state")
+
+
+# --- tensors of other kinds than a weight of its own ----------------------------------------------
+
+
+class Windows(nn.Module):
+    """Buffers that overlap in one piece of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+        both = torch.randn(32)
+        self.register_buffer("both", both)
+        self.register_buffer("last", both[16:])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x) + self.both[:16] * self.last
+
+
+def test_buffers_that_overlap_are_saved(tmp_path: Path) -> None:
+    model, fresh = Windows(), Windows()
+    bt.quantize(model, "int8", data=[inputs()])
+    bt.save(model, tmp_path / "state")
+    bt.restore(fresh, tmp_path / "state")
+    assert torch.equal(fresh(inputs()), model(inputs()))
+    assert fresh.last.data_ptr() == fresh.both[16:].data_ptr()
+
+
+class Counting(nn.Linear):
+    """Keeps something in its state_dict that is no tensor."""
+
+    count = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_what_is_no_tensor_is_refused_and_not_lost(tmp_path: Path) -> None:
+    model = nn.Sequential(Counting(16, 16))
+    bt.quantize(model, "int8-weight-only")
+    with pytest.raises(CheckpointError, match=r"0\._extra_state is a dict"):
+        bt.save(model, tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    bt.save(model, tmp_path / "state", state_only=True)
+
+
+def pair(*, tied: bool) -> nn.Sequential:
+    first, second = nn.Linear(16, 16), nn.Linear(16, 16)
+    if tied:
+        second.weight = first.weight
+    return nn.Sequential(first, second)
+
+
+def test_two_weights_are_not_loaded_into_one(tmp_path: Path) -> None:
+    model, fresh = pair(tied=False), pair(tied=True)
+    bt.quantize(model, "int8-weight-only")
+    bt.save(model, tmp_path / "state")
+    before = fresh(inputs())
+    with pytest.raises(CheckpointError, match=r"1\.weight and 0\.weight are one tensor here"):
+        bt.restore(fresh, tmp_path / "state")
+    assert torch.equal(fresh(inputs()), before)
+
+
+def test_a_model_without_memory_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "state")
+    with torch.device("meta"):
+        fresh = build(1)
+    with pytest.raises(CheckpointError, match=r"0\.weight is on the meta device"):
+        bt.restore(fresh, tmp_path / "state")

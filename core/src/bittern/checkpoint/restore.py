@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from bittern.checkpoint.checksums import check_file
 from bittern.checkpoint.manifest import DCP, SHARDS, TENSORS, Manifest
-from bittern.checkpoint.tensors import QUANTIZERS, load_quantizers, own_tensors, split
+from bittern.checkpoint.tensors import (
+    QUANTIZERS,
+    aliases_in,
+    load_quantizers,
+    own_tensors,
+    split,
+)
 from bittern.checkpoint.witness import WITNESS, check_witness
 from bittern.convert import LiveNames, remember, revert, unwrapped
 from bittern.errors import BitternError, CheckpointError
@@ -164,6 +170,13 @@ def _fitting(
     own: Mapping[str, Tensor], names: LiveNames, saved: Mapping[str, Tensor], *, where: str
 ) -> dict[str, Tensor]:
     """Compare names and shapes before anything is loaded, and return the tensors by live name."""
+    for name, tensor in own.items():
+        if tensor.device.type == "meta":
+            raise CheckpointError(
+                f"{name} is on the meta device, and nothing can be loaded into it",
+                where=where,
+                hint='call model.to_empty(device="cpu") first, and fill what is in no state_dict',
+            )
     tensors = {names.live(name): tensor for name, tensor in saved.items()}
     problems = [f"{name} is missing" for name in own if name not in tensors]
     problems += [f"{name} is not in the model" for name in tensors if name not in own]
@@ -171,6 +184,11 @@ def _fitting(
         f"{name} is {tuple(tensor.shape)} here and {tuple(tensors[name].shape)} there"
         for name, tensor in own.items()
         if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    problems += [
+        f"{name} and {first} are one tensor here and two there"
+        for name, first in aliases_in(own).items()
+        if name in tensors and first in tensors and not _same(tensors[name], tensors[first])
     ]
     problems += [
         f"{name} is {tensor.dtype} here and {tensors[name].dtype} there"
@@ -184,6 +202,13 @@ def _fitting(
             hint="restore into a model of the same architecture",
         )
     return tensors
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two saved tensors are one, or hold the same; those in shards are not looked into."""
+    if one is other or "meta" in (one.device.type, other.device.type):
+        return True
+    return torch.equal(one, other)
 
 
 def _kind(tensor: Tensor) -> str | torch.dtype:

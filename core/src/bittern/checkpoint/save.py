@@ -12,7 +12,14 @@ from bittern._version import __version__
 from bittern.checkpoint.checksums import file_checksum
 from bittern.checkpoint.manifest import DCP, FILE, SHARDS, TENSORS, Manifest, ModeEntry
 from bittern.checkpoint.stage import shared_stage
-from bittern.checkpoint.tensors import aliases_in, own_names, own_tensors, quantizer_tensors
+from bittern.checkpoint.tensors import (
+    aliases_in,
+    apart,
+    check_tensors,
+    own_names,
+    own_tensors,
+    quantizer_tensors,
+)
 from bittern.checkpoint.witness import witness
 from bittern.convert import unwrapped
 from bittern.errors import CheckpointError, PlanError
@@ -74,8 +81,7 @@ def save_state(
         if io is not None and not state_only:
             io.save(model, content.quantizers, stage)
         elif is_first():
-            tensors = content.quantizers | {n: t.cpu().contiguous() for n, t in own.items()}
-            save_file(tensors, stage / TENSORS)
+            save_file(content.quantizers | apart(own), stage / TENSORS)
             checksums[TENSORS] = file_checksum(stage / TENSORS)
         if is_first():
             name = "safetensors" if io is None or state_only else io.name
@@ -127,6 +133,8 @@ def _collect(model: nn.Module, modes: NamedTable[Mode], *, own: bool, witnesses:
     quantizers = quantizer_tensors(model)
     if witnesses:
         quantizers |= witness(model)
+    else:
+        check_tensors(model)
     if not own:
         return _Content(stack, quantizers, {}, {})
     names = own_names(model)

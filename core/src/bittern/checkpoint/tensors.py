@@ -22,6 +22,8 @@ from bittern.runtime.access import is_sharded, resident
 __all__ = [
     "QUANTIZERS",
     "aliases_in",
+    "apart",
+    "check_tensors",
     "load_quantizers",
     "own_names",
     "own_tensors",
@@ -45,6 +47,21 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def check_tensors(model: nn.Module) -> None:
+    """Raise if a model keeps something that no file without pickle can hold.
+
+    Raises:
+        CheckpointError: A module's ``get_extra_state`` returns something that is no tensor.
+    """
+    for name, value in model.state_dict().items():
+        if value is not None and not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name} is a {type(value).__name__} and no tensor, and would be lost",
+                hint="let get_extra_state return a tensor; or save with state_only=True, beside "
+                "weights that you keep",
+            )
+
+
 def own_names(model: nn.Module) -> LiveNames:
     """Return how the model's own tensors are called in files."""
     return LiveNames(model, own_tensors(model))
@@ -62,6 +79,21 @@ def aliases_in(tensors: Mapping[str, Tensor]) -> dict[str, str]:
             continue
         aliases[name] = first
     return aliases
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the CPU that overlap nowhere: safetensors writes no memory twice."""
+    found: dict[str, Tensor] = {}
+    ends: dict[int, int] = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        value = tensor.cpu().contiguous()
+        storage, start = value.untyped_storage().data_ptr(), value.data_ptr()
+        if start < ends.get(storage, 0):
+            value = value.clone()
+        else:
+            ends[storage] = start + value.nbytes
+        found[name] = value
+    return found
 
 
 def quantizer_tensors(model: nn.Module) -> dict[str, Tensor]:
