@@ -150,7 +150,8 @@ def revert(model: nn.Module) -> None:
     converted = list(named_quant_modules(model))
     for path, module in converted:
         check_unchanged(module, where=path)
-    plain_weights(model)
+    if converted:
+        plain_weights(model)
     for _, module in converted:
         restore_class(module)
     drop_modes(model)
