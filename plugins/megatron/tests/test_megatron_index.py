@@ -76,7 +76,13 @@ def test_what_is_no_plain_index_is_damaged(data: bytes, tmp_path: Path) -> None:
 
 
 def test_no_index_at_all(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="there is no index"):
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        check_index(tmp_path)
+
+
+def test_an_index_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".metadata")
+    with pytest.raises(CheckpointError, match="a pipe or a device"):
         check_index(tmp_path)
 
 

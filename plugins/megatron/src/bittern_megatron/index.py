@@ -11,10 +11,12 @@ import pickletools
 from pathlib import Path
 
 from bittern.errors import CheckpointError
+from bittern.reading import read_bytes
 
 __all__ = ["check_index"]
 
 FILE = ".metadata"
+LIMIT = 2**30  # bytes; each shard of a tensor takes about 300
 CLASSES = frozenset(
     f"{module} {name}"
     for module, names in {
@@ -51,10 +53,10 @@ def check_index(folder: Path) -> None:
         CheckpointError: It is missing, is no pickle, or names anything that no index needs.
     """
     file = folder / FILE
+    hint = "give a directory that dist_checkpointing wrote by its strategy torch_dist"
+    data = read_bytes(file, error=CheckpointError, limit=LIMIT, hint=hint)
     try:
-        names = named_in(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"there is no index {FILE}", where=str(folder)) from error
+        names = named_in(data)
     except ValueError as error:
         raise CheckpointError(f"the index is damaged: {error}", where=str(file)) from error
     strange = sorted(names - CLASSES - _dtypes())
