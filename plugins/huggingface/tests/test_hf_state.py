@@ -77,6 +77,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, path
 
 
+def unsealed(source: Path, target: Path) -> Path:
+    """Copy a state, without the checksums that its files are to have."""
+    shutil.copytree(source, target)
+    manifest = json.loads((target / "manifest.json").read_text())
+    del manifest["checksums"], manifest["checksum"]
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    return target
+
+
 @pytest.mark.parametrize(
     ("make", "recipe"),
     [
@@ -262,7 +271,7 @@ def test_the_state_of_another_architecture_changes_nothing(saved: tuple[Any, Pat
 def test_damaged_files_are_one_clear_error(
     saved: tuple[Any, Path], tmp_path: Path, file: str
 ) -> None:
-    copy = shutil.copytree(saved[1], tmp_path / "copy")
+    copy = unsealed(saved[1], tmp_path / "copy")
     data = (copy / file).read_bytes()
     (copy / file).write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match=r"cannot|cut off"):
@@ -272,7 +281,7 @@ def test_damaged_files_are_one_clear_error(
 
 
 def test_a_missing_weight_is_named(saved: tuple[Any, Path], tmp_path: Path) -> None:
-    copy = shutil.copytree(saved[1], tmp_path / "copy")
+    copy = unsealed(saved[1], tmp_path / "copy")
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
@@ -340,7 +349,7 @@ def test_other_models_are_left_to_core() -> None:
 def test_a_state_that_does_not_fit_leaves_the_weights_as_they_were(
     saved: tuple[Any, Path], tmp_path: Path
 ) -> None:
-    copy = shutil.copytree(saved[1], tmp_path / "copy")
+    copy = unsealed(saved[1], tmp_path / "copy")
     tensors = load_file(copy / "state.safetensors")
     save_file(
         tensors | {"bittern.quantizers/x.weight/amax": torch.ones(())}, copy / "state.safetensors"
@@ -350,3 +359,23 @@ def test_a_state_that_does_not_fit_leaves_the_weights_as_they_were(
     with pytest.raises(CheckpointError, match=r"'x\.weight'"):
         bt.restore(model, copy)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.safetensors"])
+def test_a_changed_bit_is_not_loaded(saved: tuple[Any, Path], tmp_path: Path, file: str) -> None:
+    copy = shutil.copytree(saved[1], tmp_path / "copy")
+    data = bytearray((copy / file).read_bytes())
+    data[-5] ^= 1
+    (copy / file).write_bytes(data)
+    with pytest.raises(CheckpointError, match="changed since it was saved"):
+        bt.restore(different(llama), copy)
+    with pytest.raises(CheckpointError, match="changed since it was saved"):
+        bt.load(str(copy))
+
+
+def test_weights_of_an_output_layer_are_not_tied_away(saved: tuple[Any, Path]) -> None:
+    tied = different(lambda: llama(tie_word_embeddings=True))
+    before = logits(tied)
+    with pytest.raises(CheckpointError, match="output layer has weights of its own"):
+        bt.restore(tied, saved[1])
+    assert torch.equal(logits(tied), before)

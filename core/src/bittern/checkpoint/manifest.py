@@ -51,7 +51,8 @@ class Manifest:
             are a plugin's `CheckpointIO`.
         weights: Whether the model's own tensors are there too, or only the quantizers' state.
         aliases: Tensor name to the name of the tensor it shares storage with.
-        checksums: Name of a file of core's to its checksum, see `file_checksum`.
+        checksums: Name of a file to its checksum, see `file_checksum`: of core's, and of what a
+            plugin's `CheckpointIO` put beside manifest.json as safetensors.
         files: Names of the files that were written, manifest.json aside.
         checksum: That of all of the above, see `data_checksum`.
     """

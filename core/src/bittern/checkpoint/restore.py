@@ -59,6 +59,8 @@ def restore_state(
         tensors = load_tensors(path / TENSORS, error=CheckpointError, within=path)
         if TENSORS in manifest.checksums:
             check_file(path / TENSORS, manifest.checksums[TENSORS])
+    else:
+        _check_files(path, manifest)
     stack = [
         AppliedMode(name=m.name, plugin=m.plugin, config=m.config, metadata=m.metadata)
         for m in manifest.modes
@@ -121,6 +123,16 @@ def _io(
             hint=f"it was saved with {', '.join(manifest.plugins) or 'a plugin'}",
         )
     return found
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    """Raise if a file that a plugin reads changed; whether one is missing, only the plugin knows.
+
+    Others than those that were saved are let through: weights may have been split since.
+    """
+    for file in sorted(path.glob("*.safetensors")):
+        if file.name in manifest.checksums and file.is_file():
+            check_file(file, manifest.checksums[file.name])
 
 
 def _from_shards(model: nn.Module, path: Path, manifest: Manifest) -> Callable[[], None]:

@@ -80,6 +80,8 @@ def save_state(
             checksums |= save_shards(shards, stage / SHARDS)
         if io is not None and not state_only:
             io.save(model, content.quantizers, stage)
+            if is_first():  # files in folders are the framework's affair, as are those of ranks
+                checksums |= {f.name: file_checksum(f) for f in stage.glob("*.safetensors")}
         elif is_first():
             save_file(content.quantizers | apart(own), stage / TENSORS)
             checksums[TENSORS] = file_checksum(stage / TENSORS)

@@ -198,6 +198,7 @@ def _twin(model: PreTrainedModel, path: Path) -> nn.Module:
     """Return an unquantized model with the weights of ``path``, on the CPU."""
     cls: Any = original_class(model)
     try:
+        saved = type(model.config).from_pretrained(path, local_files_only=True)
         found, info = cls.from_pretrained(
             path,
             config=model.config,
@@ -213,10 +214,17 @@ def _twin(model: PreTrainedModel, path: Path) -> nn.Module:
     except Exception as error:  # transformers raises many kinds for damaged files
         line = str(error).strip().partition("\n")[0][:300]
         _refuse(f"transformers cannot load it: {line or type(error).__name__}", path, error)
+    if _ties(model.config) and not _ties(saved):
+        _refuse("its output layer has weights of its own, and the model ties them", path)
     for kind in ("missing", "unexpected", "mismatched"):
         if problems := sorted(map(str, info[f"{kind}_keys"])):
             _refuse(f"{len(problems)} {kind} weights: {', '.join(problems[:3])}", path)
     return found  # type: ignore[no-any-return]
+
+
+def _ties(config: Any) -> bool:
+    """Whether a config lets a model share the weights of its embedding and its output layer."""
+    return bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
 
 
 def _float_dtypes(model: nn.Module) -> Iterator[torch.dtype]:
