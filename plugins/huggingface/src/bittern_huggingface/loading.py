@@ -84,7 +84,7 @@ def load_model(source: str, config: LoadConfig, toolkit: Toolkit) -> nn.Module |
 
 def _make(settings: Any, source: str, dtype: Any) -> Any:
     """Make the model with its weights; without, where they are packed and in our file."""
-    from bittern_huggingface.state import is_packed_state, state_of
+    from bittern_huggingface.state import is_packed_state
 
     cls = _class_for(settings)
     if is_packed_state(Path(source)):
@@ -95,8 +95,9 @@ def _make(settings: Any, source: str, dtype: Any) -> Any:
         model, info = cls.from_pretrained(
             source,
             dtype=dtype,
-            use_safetensors=True if state_of(Path(source)) is not None else None,
             output_loading_info=True,
+            use_safetensors=True,  # never a pickle
+            trust_remote_code=False,  # not even by a question in the terminal
         )
     except MemoryError:
         raise
