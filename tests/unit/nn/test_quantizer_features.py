@@ -332,6 +332,19 @@ def test_a_copy_follows_the_rest_of_its_chain(formats: Any, x: Tensor) -> None:
     assert quantizer(weight).abs().max() <= 0.0101
 
 
+def test_a_weight_written_through_its_data_is_seen_after_eval(formats: Any) -> None:
+    """What merges adapters writes so, and no version counter tells."""
+    spec = QuantizerSpec(formats("int8"), PerTensor())
+    quantizer = TensorQuantizer(spec, tensor="weight").eval()
+    weight = nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    quantizer.set_amax(torch.tensor(2.0))
+    before = quantizer(weight)
+    weight.data.mul_(2)
+    quantizer.eval()
+    assert torch.equal(quantizer(weight), fake_quantize(weight, spec, quantizer.scales))
+    assert not torch.equal(quantizer(weight), before)
+
+
 def test_the_cache_is_neither_copied_nor_saved(formats: Any, x: Tensor) -> None:
     weight = nn.Parameter(x.clone(), requires_grad=False)
     spec = QuantizerSpec(formats("int8"), PerChannel(0))

@@ -280,6 +280,14 @@ class TensorQuantizer(nn.Module):
         self._cache = None
         self._changes += 1
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation, with a fresh look at the weight.
+
+        What merges adapters writes through ``weight.data``, which no cache can see.
+        """
+        self.clear_cache()
+        return super().train(mode)
+
     # --- state ---
 
     def state(self) -> dict[str, Tensor]:
