@@ -32,7 +32,7 @@ docs: $(READY)
 	@echo docs/_build/html/index.html
 
 bench: $(READY)
-	for script in startup plugins conversion calibration fake_quantize tracing; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in startup plugins conversion calibration fake_quantize tracing restore compress; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 $(READY): pyproject.toml constraints.txt $(PLUGINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
