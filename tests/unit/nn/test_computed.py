@@ -211,7 +211,7 @@ def test_a_class_that_cannot_be_built_again_is_refused_before_anything_changes(
 
     model[1].__class__ = Sharded
 
-    with pytest.raises(ModelError, match="1: its class was changed to .*Sharded"):
+    with pytest.raises(ModelError, match=r"1: its class was changed to .*Sharded"):
         bittern.revert(model)
     assert "weight" in model[0].slots()
 
