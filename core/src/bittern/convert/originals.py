@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bittern.nn import TensorQuantizer, named_quant_modules
+from bittern.nn import TensorQuantizer
 from bittern.nn.folding import folded_readers, unfold
 from bittern.nn.packed import PackedWeight
+from bittern.nn.weights import readers_of
 
 __all__ = ["folded_data", "plain_weights"]
 
@@ -32,16 +33,15 @@ def plain_weights(model: nn.Module) -> None:
             done.add(id(parameter))
         quantizer.folded = False
     made: dict[int, nn.Parameter] = {}
-    for _, module in named_quant_modules(model):
-        for quantizer in module.slots().values():
-            packed = module._parameters.get(quantizer.tensor or "")
-            if not isinstance(packed, PackedWeight):
-                continue
-            if id(packed) not in made:
-                with torch.inference_mode(False), torch.no_grad():
-                    value = _undone(quantizer, quantizer(packed))
-                made[id(packed)] = nn.Parameter(value, requires_grad=quantizer.was_trained)
-            setattr(module, quantizer.tensor or "", made[id(packed)])
+    for reader in readers_of(model):
+        packed, quantizer = reader.module._parameters.get(reader.tensor), reader.quantizer
+        if not isinstance(packed, PackedWeight):
+            continue
+        if id(packed) not in made:
+            with torch.inference_mode(False), torch.no_grad():
+                value = _undone(quantizer, quantizer(packed))
+            made[id(packed)] = nn.Parameter(value, requires_grad=quantizer.was_trained)
+        setattr(reader.module, reader.tensor, made[id(packed)])
 
 
 def folded_data(model: nn.Module) -> Callable[[], None]:

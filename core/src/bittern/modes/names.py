@@ -6,8 +6,7 @@ from torch import nn
 
 from bittern.convert import LiveNames
 from bittern.errors import CheckpointError
-from bittern.nn import named_quant_modules
-from bittern.nn.weights import Reader
+from bittern.nn.weights import Reader, readers_of
 
 __all__ = ["readers_named"]
 
@@ -25,13 +24,7 @@ def readers_named(model: nn.Module, names: object, *, what: str) -> list[Reader]
     """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"malformed list of {what} weights: {str(names)[:80]}")
-    readers = {
-        reader.name: reader
-        for path, module in named_quant_modules(model)
-        for quantizer in module.slots().values()
-        if quantizer.tensor in module._parameters
-        for reader in (Reader(path, module, quantizer.tensor, quantizer),)
-    }
+    readers = {r.name: r for r in readers_of(model) if r.tensor in r.module._parameters}
     live = LiveNames(model)
     found = [live.live(name) for name in names]
     missing = [name for name in found if name not in readers]

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bittern.errors import ModelError
-from bittern.nn.module import named_quant_modules
-from bittern.nn.weights import Reader, SharedWeight, quantized_weights
+from bittern.nn.weights import Reader, SharedWeight, quantized_weights, readers_of
 
 __all__ = ["Fold", "fold_all", "folded_readers", "prepare_folds", "unfold", "unfold_all"]
 
@@ -114,9 +113,4 @@ def unfold(reader: Reader) -> None:
 
 def folded_readers(model: nn.Module) -> list[Reader]:
     """Return everyone who reads a folded weight."""
-    return [
-        Reader(path, module, quantizer.tensor, quantizer)
-        for path, module in named_quant_modules(model)
-        for quantizer in module.slots().values()
-        if quantizer.folded and quantizer.tensor is not None
-    ]
+    return [reader for reader in readers_of(model) if reader.quantizer.folded]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from bittern.nn.module import QuantModule, named_quant_modules
 from bittern.nn.packed import PackedWeight
 from bittern.nn.quantizer import TensorQuantizer
 
-__all__ = ["Reader", "SharedWeight", "quantized_weights"]
+__all__ = ["Reader", "SharedWeight", "quantized_weights", "readers_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,14 @@ class SharedWeight:
         return first if agreed else None
 
 
+def readers_of(model: nn.Module) -> Iterator[Reader]:
+    """Yield everyone who quantizes a weight, also one that is computed from other parameters."""
+    for path, module in named_quant_modules(model):
+        for quantizer in module.slots().values():
+            if quantizer.tensor is not None:
+                yield Reader(path, module, quantizer.tensor, quantizer)
+
+
 def quantized_weights(model: nn.Module) -> tuple[list[SharedWeight], dict[str, str]]:
     """Return the weights that hold numbers that somebody quantizes, and why others are left out.
 
@@ -77,16 +85,12 @@ def quantized_weights(model: nn.Module) -> tuple[list[SharedWeight], dict[str, s
     """
     readers: dict[int, list[Reader]] = {}
     left: dict[str, str] = {}
-    for path, module in named_quant_modules(model):
-        for quantizer in module.slots().values():
-            if quantizer.tensor is None:
-                continue
-            reader = Reader(path, module, quantizer.tensor, quantizer)
-            parameter = module._parameters.get(quantizer.tensor)
-            if parameter is None:
-                left[reader.name] = "it is no parameter but computed from others"
-            else:
-                readers.setdefault(id(parameter), []).append(reader)
+    for reader in readers_of(model):
+        parameter = reader.module._parameters.get(reader.tensor)
+        if parameter is None:
+            left[reader.name] = "it is no parameter but computed from others"
+        else:
+            readers.setdefault(id(parameter), []).append(reader)
     others = _other_places(model, readers)
     found = []
     for key, places in readers.items():
