@@ -103,7 +103,12 @@ def restore_state(
                 hint=error.hint,
             ) from error
         what = str(error) if isinstance(error, BitternError | RuntimeError) else repr(error)
-        raise CheckpointError(f"it does not fit this model: {what}", where=where) from error
+        raise CheckpointError(
+            f"it does not fit this model: {what}",
+            where=where,
+            hint="restore into a model of the same architecture, with the versions that "
+            "`bittern inspect` names",
+        ) from error
     except BaseException:
         undo()
         raise

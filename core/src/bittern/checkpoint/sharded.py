@@ -99,7 +99,11 @@ def shard_shapes(folder: Path) -> dict[str, Tensor]:
     """
     files = _files(folder)
     if not files:
-        raise CheckpointError("there are no shards", where=str(folder))
+        raise CheckpointError(
+            "there are no shards",
+            where=str(folder),
+            hint="copy or download the whole directory again",
+        )
     for file in files:
         tensor_headers(file, error=CheckpointError, within=folder)
     with _explained(folder):
@@ -184,4 +188,5 @@ def _explained(folder: Path) -> Iterator[None]:
         raise CheckpointError(
             f"the shards cannot be written or read: {type(error).__name__}: {error}",
             where=str(folder),
+            hint="copy or download the whole directory again; for a save, look at the file system",
         ) from error

@@ -146,13 +146,16 @@ def _config(mode: Mode, options: Mapping[str, Any], *, plugin: str) -> Any:
             near = nearest(name, known)
             raise PlanError(
                 f"the mode {mode.name!r} has no option {name!r}",
-                hint=f"did you mean {near[0]!r}? it has {', '.join(known)}" if near else None,
+                hint=(f"did you mean {near[0]!r}? " if near else "") + f"it has {', '.join(known)}",
             )
     try:
         inspect.signature(cls).bind(**options)
         return cls(**options)
     except (TypeError, ValueError) as error:
-        raise PlanError(f"the mode {mode.name!r} cannot be made: {error}") from error
+        raise PlanError(
+            f"the mode {mode.name!r} cannot be applied with these options: {error}",
+            hint=f"it has {', '.join(known)}",
+        ) from error
 
 
 def _options(config: Any) -> dict[str, Any]:
@@ -169,5 +172,8 @@ def _plain(data: Any, *, what: str, mode: str, plugin: str) -> Mapping[str, obje
             hint="use numbers, strings, lists and dicts with string keys",
         ) from error
     if not isinstance(found, dict):
-        raise PluginError(f"plugin {plugin}: the {what} of the mode {mode!r} is no mapping")
+        raise PluginError(
+            f"plugin {plugin}: the {what} of the mode {mode!r} is no mapping",
+            hint="return a dict with string keys, or nothing",
+        )
     return found

@@ -23,7 +23,10 @@ def readers_named(model: nn.Module, names: object, *, what: str) -> list[Reader]
         CheckpointError: It is no list of names, or a name is that of no quantized weight.
     """
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"malformed list of {what} weights: {str(names)[:80]}")
+        raise CheckpointError(
+            f"malformed list of {what} weights: {str(names)[:80]}",
+            hint="copy or download the whole directory again",
+        )
     readers = {r.name: r for r in readers_of(model) if r.tensor in r.module._parameters}
     live = LiveNames(model)
     found = [live.live(name) for name in names]

@@ -82,7 +82,9 @@ def restore(
     try:
         plan = _plan(model, data, context)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"malformed plan: {error!r}") from error
+        raise CheckpointError(
+            f"malformed plan: {error!r}", hint="copy or download the whole directory again"
+        ) from error
     context.toolkit.convert(model, plan)
 
     def finish() -> None:

@@ -203,7 +203,11 @@ def unflatten_packed(name: str, tensors: Mapping[str, Tensor], like: PackedWeigh
     for part, own in like.parts.items():
         found = tensors.get(f"{PACKED}{name}/{part}")
         if found is None:
-            raise CheckpointError(f"the {part} of the packed weight are missing", where=name)
+            raise CheckpointError(
+                f"the {part} of the packed weight are missing",
+                where=name,
+                hint="copy or download the whole directory again",
+            )
         if found.shape != own.shape or found.dtype != own.dtype:
             raise CheckpointError(
                 f"the {part} of the packed weight are {tuple(found.shape)} of {found.dtype}, not "

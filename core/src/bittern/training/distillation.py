@@ -77,7 +77,10 @@ class Distillation:
         if temperature <= 0:
             raise TrainingError(f"the temperature is {temperature}", hint="give a positive number")
         if not (logits_weight or task_weight or pairs):
-            raise TrainingError("there is nothing to learn: every weight is 0")
+            raise TrainingError(
+                "there is nothing to learn: every weight is 0",
+                hint="give logits_weight, task_weight, or hidden modules and hidden_weight",
+            )
         self.student, self.teacher = student, teacher
         self.temperature = temperature
         self.parts: Mapping[str, Tensor] = {}
@@ -181,7 +184,11 @@ class _Outputs:
         """
         missing = [path for path in self.paths if path not in self._found]
         if missing:
-            raise ModelError("it did not run, so it has no hidden state", where=missing[0])
+            raise ModelError(
+                "it did not run, so it has no hidden state",
+                where=missing[0],
+                hint="choose a module that every forward pass calls",
+            )
         found = [self._found[path] for path in self.paths]
         self._found = {}
         for path, state in zip(self.paths, found, strict=True):

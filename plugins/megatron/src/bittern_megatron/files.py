@@ -7,12 +7,10 @@ file holds one slice of a tensor, so state dicts have to be made with `METADATA`
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.strategies.base import (
@@ -27,9 +25,8 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from bittern.errors import CheckpointError
+from bittern.checkpoint.sharded import shard_shapes
 
 __all__ = ["METADATA", "NoCommon", "SafetensorsLoad", "SafetensorsSave", "index_of"]
 
@@ -41,27 +38,12 @@ def index_of(folder: Path) -> dict[str, ShardedTensor]:
     """Return the tensors of a checkpoint by key, whole, without their values.
 
     Raises:
-        CheckpointError: There are none, or slices are missing.
+        CheckpointError: There are none, files are damaged, or slices are missing.
     """
-    try:
-        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    except Exception as error:  # what is damaged can fail anywhere
-        raise CheckpointError(f"it cannot be read: {error}", where=str(folder)) from error
-    if not metadata.state_dict_metadata:
-        raise CheckpointError("there are no tensors", where=str(folder))
-    found: dict[str, ShardedTensor] = {}
-    for key, entry in metadata.state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata)
-        slices = {tuple(chunk.offsets): math.prod(chunk.sizes) for chunk in entry.chunks}
-        if sum(slices.values()) != math.prod(entry.size):
-            raise CheckpointError(
-                f"the slices of {key} are not one whole tensor, a file is missing",
-                where=str(folder),
-                hint="copy or download the whole directory again",
-            )
-        whole = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        found[key] = ShardedTensor.from_rank_offsets(key, whole).without_data()
-    return found
+    return {
+        key: ShardedTensor.from_rank_offsets(key, whole).without_data()
+        for key, whole in shard_shapes(folder).items()
+    }
 
 
 class SafetensorsSave(SaveShardedStrategy):
