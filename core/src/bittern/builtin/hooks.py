@@ -92,6 +92,7 @@ def register_modes() -> list[Mode]:
             name="compress",
             convert="bittern.modes.compress:convert",
             restore="bittern.modes.compress:restore",
+            metadata="bittern.modes.compress:metadata",
             next_modes=frozenset(),
             exclusive=True,
             description="quantized weights are held as codes and scales",

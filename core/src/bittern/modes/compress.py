@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bittern.convert import LiveNames
+from bittern.convert import LiveNames, modes_of, unwrapped
 from bittern.errors import CheckpointError, NumericsError, PlanError
 from bittern.modes.context import ModeContext
 from bittern.modes.names import readers_named
+from bittern.nn.module import refilled
 from bittern.nn.packed import PackedWeight, empty_packed, pack
 from bittern.nn.weights import Reader, SharedWeight, quantized_weights
 
-__all__ = ["convert", "restore", "stored_bytes"]
+__all__ = ["convert", "metadata", "restore", "stored_bytes"]
+
+
+NAME = "compress"
 
 
 def convert(model: nn.Module, config: Mapping[str, Any], context: ModeContext) -> dict[str, Any]:
@@ -58,6 +62,27 @@ def convert(model: nn.Module, config: Mapping[str, Any], context: ModeContext) -
     }
 
 
+def metadata(model: nn.Module) -> dict[str, Any]:
+    """Return nothing new, but see that the packed weights are packed still.
+
+    Raises:
+        PlanError: Something made plain tensors of them, as ``fully_shard`` does; the state could
+            be restored by nobody.
+    """
+    model = unwrapped(model)
+    for applied in modes_of(model):
+        if applied.name != NAME:
+            continue
+        for reader in readers_named(model, applied.metadata.get("packed"), what="packed"):
+            parameter = reader.module._parameters[reader.tensor]
+            if not isinstance(parameter, PackedWeight):
+                raise PlanError(
+                    f"{reader.name} was packed, and is a {type(parameter).__name__} now",
+                    hint="save the model before it is put into shards",
+                )
+    return {}
+
+
 def restore(
     model: nn.Module, config: Mapping[str, Any], metadata: Mapping[str, Any], context: ModeContext
 ) -> Callable[[], None]:
@@ -73,6 +98,11 @@ def restore(
     for tied in together.values():
         parameter = tied[0].module._parameters[tied[0].tensor]
         assert parameter is not None
+        if any(refilled(reader.module) for reader in tied):
+            raise CheckpointError(
+                f"{tied[0].name} is packed there, and lies in shards here",
+                hint="restore into the plain model, and shard it afterwards",
+            )
         try:
             packed = empty_packed(parameter, tied[0].quantizer.spec)
         except NumericsError as error:

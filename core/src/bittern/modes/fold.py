@@ -39,8 +39,10 @@ def convert(model: nn.Module, config: FoldConfig, context: ModeContext) -> dict[
     """
     names, left = fold_all(model, keep=config.keep)
     if not names:
+        why = next((f"{name}: {reason}" for name, reason in left.items()), None)
         raise PlanError(
-            "there is no weight to fold", hint="call bittern.quantize(model, recipe) first"
+            "there is no weight to fold",
+            hint=why or "call bittern.quantize(model, recipe) first",
         )
     saved = LiveNames(model).saved
     return {

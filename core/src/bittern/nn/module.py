@@ -27,6 +27,7 @@ __all__ = [
     "original_class",
     "quantizer_keys",
     "quantizers_off",
+    "refilled",
     "restore_class",
     "swap_class",
 ]
@@ -58,7 +59,7 @@ class QuantModule(nn.Module):
         quantizer = self._modules.get(slot + SUFFIX)
         if quantizer is None:
             return x
-        if SHARDED in self.__dict__ and type(x) is nn.Parameter and not x.requires_grad:
+        if refilled(self) and type(x) is nn.Parameter and not x.requires_grad:
             x = x.detach()  # a parameter would be quantized once, and this one is refilled unseen
         result: Tensor = quantizer(x, experts)
         return result
@@ -170,6 +171,11 @@ def _calls_super(value: Any) -> bool:
     """Whether an attribute of a class is a method, or property, that calls ``super()``."""
     functions = (value, *(getattr(value, name, None) for name in ("__func__", "fget", "fset")))
     return any("__class__" in f.__code__.co_freevars for f in functions if isfunction(f))
+
+
+def refilled(module: nn.Module) -> bool:
+    """Whether the weights of a module lie in shards, from which FSDP2 fills them in every pass."""
+    return SHARDED in module.__dict__
 
 
 def named_quant_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:

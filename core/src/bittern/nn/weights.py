@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bittern.nn.module import QuantModule, named_quant_modules
+from bittern.nn.module import QuantModule, named_quant_modules, refilled
 from bittern.nn.packed import PackedWeight
 from bittern.nn.quantizer import TensorQuantizer
 
@@ -125,6 +125,8 @@ def _reason(weight: SharedWeight, other: str | None) -> str:
         return "it is folded already"
     if parameter.device.type == "meta":
         return "it is on the meta device, offloaded or never loaded"
+    if any(refilled(reader.module) for reader in weight.readers):
+        return "it lies in shards (FSDP2), from which it is filled in every forward pass"
     if parameter.numel() == 0:
         return "it is empty"
     if other is not None:
