@@ -203,10 +203,3 @@ def test_a_fold_for_a_while_leaves_a_folded_model_alone(make_mlp: Make, toolkit:
     assert all(q.folded for n, q in named_quantizers(model) if n.endswith("weight"))
     unfold(model)
     assert torch.equal(model.up.weight, make_mlp().up.weight)
-
-
-def test_an_option_like_no_other_is_told_which_there_are(make_mlp: Make, toolkit: Toolkit) -> None:
-    model = make_mlp()
-    toolkit.quantize(model, "int8-weight-only")
-    with pytest.raises(PlanError, match=r"no option 'zzz'\n +hint: it has keep"):
-        toolkit.apply_mode(model, "fold", {"zzz": 1})

@@ -146,7 +146,9 @@ def _config(mode: Mode, options: Mapping[str, Any], *, plugin: str) -> Any:
             near = nearest(name, known)
             raise PlanError(
                 f"the mode {mode.name!r} has no option {name!r}",
-                hint=(f"did you mean {near[0]!r}? " if near else "") + f"it has {', '.join(known)}",
+                hint=f"did you mean {near[0]!r}? it has {', '.join(known)}"
+                if near
+                else "it has none",
             )
     try:
         inspect.signature(cls).bind(**options)
