@@ -259,3 +259,13 @@ def test_accelerate_keeps_the_stack_and_its_states_load(tmp_path: Path) -> None:
     assert torch.equal(logits(network), expected)
     bt.save(network, tmp_path / "state")
     assert torch.equal(logits(bt.load(str(tmp_path / "state"))), expected)
+
+
+def test_prompts_around_a_model_are_refused_and_not_lost(tmp_path: Path) -> None:
+    model = quantized()
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    wrapped = peft.get_peft_model(model, prompts)
+    with pytest.raises(CheckpointError, match=r"prompt_encoder\.default\.\S+ belongs to the Peft"):
+        bt.save(wrapped, tmp_path / "state")
+    bt.save(wrapped, tmp_path / "beside", state_only=True)
+    bt.save(model, tmp_path / "state")

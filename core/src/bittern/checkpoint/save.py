@@ -131,12 +131,12 @@ def _collect(model: nn.Module, modes: NamedTable[Mode], *, own: bool, witnesses:
             "this model is not quantized, and no other mode was applied to it",
             hint="call bittern.quantize(model, recipe) first",
         )
+    if not witnesses:
+        check_tensors(model)
     model = unwrapped(model)
     quantizers = quantizer_tensors(model)
     if witnesses:
         quantizers |= witness(model)
-    else:
-        check_tensors(model)
     if not own:
         return _Content(stack, quantizers, {}, {})
     names = own_names(model)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bittern.convert import LiveNames
+from bittern.convert import LiveNames, unwrapped
 from bittern.errors import CheckpointError
 from bittern.nn import named_quantizers, quantizer_keys
 from bittern.nn.packed import PACKED, PackedWeight, flatten_packed, unflatten_packed
@@ -48,12 +48,25 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_tensors(model: nn.Module) -> None:
-    """Raise if a model keeps something that no file without pickle can hold.
+    """Raise if something that belongs to a model would not be in the files.
+
+    Args:
+        model: A model, or what wraps it.
 
     Raises:
-        CheckpointError: A module's ``get_extra_state`` returns something that is no tensor.
+        CheckpointError: A module's ``get_extra_state`` returns something that is no tensor, for
+            which there is no file without pickle; or a wrapper has parameters of its own, as
+            prompts of peft are.
     """
-    for name, value in model.state_dict().items():
+    inner = unwrapped(model)
+    within = {id(parameter) for parameter in inner.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in within:
+            raise CheckpointError(
+                f"{name} belongs to the {type(model).__name__} around the model, and would be lost",
+                hint="save the model within, and what is around it by its own means",
+            )
+    for name, value in inner.state_dict().items():
         if value is not None and not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{name} is a {type(value).__name__} and no tensor, and would be lost",
