@@ -149,6 +149,7 @@ def restore(model: nn.Module, path: str | Path, *, toolkit: Toolkit | None = Non
 
     Raises:
         CheckpointError: The state is damaged, needs a plugin that is missing, or does not fit the
-            model; the model is then what it was.
+            model; the model is then what it was. Only what a plugin does after the weights were
+            loaded leaves those loaded, if it fails.
     """
     toolkit_or_default(toolkit).restore(model, path)
