@@ -18,6 +18,7 @@ from torch import nn
 from bittern.convert import modes_of, revert
 from bittern.errors import CheckpointError, PlanError, PluginError
 from bittern.hooks.discovery import GROUP
+from bittern.modes.names import how_to_get
 from bittern.nn import named_quantizers
 from bittern.testing.site import Site
 from bittern.toolkit import Toolkit
@@ -234,8 +235,10 @@ def test_nothing_may_follow_a_mode_that_says_so(toolkit: Toolkit) -> None:
     model = build(0)
     toolkit.apply_mode(model, "scale-last")
 
-    with pytest.raises(PlanError, match="'prune' cannot be applied after 'scale-last': nothing"):
+    with pytest.raises(PlanError, match="'prune' cannot be applied after 'scale-last'") as caught:
         toolkit.apply_mode(model, "prune")
+    assert "nothing follows" in str(caught.value)
+    assert "revert" not in str(caught.value)  # which undoes no mode of a plugin
     assert model[0].out_features == 32
 
 
@@ -292,3 +295,11 @@ def test_reverting_leaves_the_modes_of_others(toolkit: Toolkit) -> None:
     assert [mode.name for mode in modes_of(model)] == ["prune", "scale"]
     assert type(model[0]) is nn.Linear
     assert model[0].out_features == 16
+
+
+def test_how_a_plugin_is_loaded_follows_from_its_label() -> None:
+    assert how_to_get("bittern-heron 1.2") == "pip install bittern-heron"
+    assert how_to_get("bittern-heron 1.2", same=True) == "pip install bittern-heron==1.2"
+    assert "bt.Toolkit(files=['/a b/halves.py'])" in how_to_get("/a b/halves.py")
+    assert "--plugin '/a b/halves.py'" in how_to_get("/a b/halves.py")
+    assert how_to_get("x;reboot 1") == "pip install 'x;reboot'"

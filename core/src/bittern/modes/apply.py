@@ -11,8 +11,10 @@ from typing import Any
 from torch import nn
 
 from bittern.convert import modes_of, push_mode, remember, unwrapped
+from bittern.convert.stack import CONVERSIONS
 from bittern.errors import CheckpointError, PlanError, PluginError
 from bittern.modes.context import ModeContext
+from bittern.modes.names import how_to_get
 from bittern.records import AppliedMode, Mode
 from bittern.registry import NamedTable, nearest
 from bittern.registry.targets import bound, resolve
@@ -71,7 +73,8 @@ def check_next(stack: Sequence[AppliedMode], mode: Mode, table: NamedTable[Mode]
             may = f"only {', '.join(sorted(follows))} may follow" if follows else "nothing follows"
             raise PlanError(
                 f"the mode {mode.name!r} cannot be applied after {applied.name!r}: {may}",
-                hint=f"apply it before {applied.name!r}, or bittern.revert(model) first",
+                hint=f"apply it before {applied.name!r}"
+                + (", or bittern.revert(model) first" if applied.name in CONVERSIONS else ""),
             )
 
 
@@ -107,11 +110,10 @@ def replay(
     table = context.toolkit.registry.modes
     for applied in stack:  # all of them before the first changes something
         if applied.name not in table:
-            distribution = applied.plugin.partition(" ")[0]
             raise CheckpointError(
                 f"it went through the mode {applied.name!r} of {applied.plugin}, and no loaded "
                 "plugin has it",
-                hint=f"pip install {distribution}",
+                hint=how_to_get(applied.plugin),
             )
     later: list[Callable[[], object]] = []
     for applied in stack:
@@ -122,7 +124,7 @@ def replay(
             raise CheckpointError(
                 f"the mode {applied.name!r} of {applied.plugin} was applied with options that "
                 f"{plugin} does not take: {error.what}",
-                hint=f"pip install '{applied.plugin.replace(' ', '==')}'",
+                hint=how_to_get(applied.plugin, same=True),
             ) from error
         then = bound(mode.restore, plugin=plugin)(model, config, applied.metadata, context)
         push_mode(model, dataclasses.replace(applied, plugin=plugin), exclusive=mode.exclusive)

@@ -1,6 +1,8 @@
-"""Quantized weights that a manifest names, in a live model."""
+"""What a manifest names: quantized weights of a live model, and plugins."""
 
 from __future__ import annotations
+
+from shlex import quote
 
 from torch import nn
 
@@ -8,7 +10,7 @@ from bittern.convert import LiveNames
 from bittern.errors import CheckpointError
 from bittern.nn.weights import Reader, readers_of
 
-__all__ = ["readers_named"]
+__all__ = ["how_to_get", "readers_named"]
 
 
 def readers_named(model: nn.Module, names: object, *, what: str) -> list[Reader]:
@@ -37,3 +39,20 @@ def readers_named(model: nn.Module, names: object, *, what: str) -> list[Reader]
             hint="restore into a model of the same architecture",
         )
     return [readers[name] for name in found]
+
+
+def how_to_get(plugin: str, *, same: bool = False) -> str:
+    """Return how a plugin is loaded, by its label: ``"name version"``, or the path of a file.
+
+    Args:
+        plugin: The label.
+        same: Whether it has to be this very version.
+
+    A stranger may have written the label: it is quoted for a shell.
+    """
+    if plugin.endswith(".py"):
+        return (
+            f"load that file: bt.Toolkit(files=[{plugin!r}]), or bittern --plugin {quote(plugin)}"
+        )
+    name, _, version = plugin.partition(" ")
+    return f"pip install {quote(f'{name}=={version}' if same and version else name)}"

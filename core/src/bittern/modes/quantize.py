@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bittern.convert import LiveNames, modes_of, plan_of, unwrapped
 from bittern.errors import BitternError, CheckpointError
 from bittern.modes.context import ModeContext
+from bittern.modes.names import how_to_get
 from bittern.nn import original_class
 from bittern.nn.computed import weight_of
 from bittern.planning import slots_of
@@ -146,9 +147,8 @@ def _plan(model: nn.Module, data: Mapping[str, Any], context: ModeContext) -> Pl
 
 
 def _missing(entry: Mapping[str, Any]) -> CheckpointError:
-    distribution = str(entry["plugin"]).partition(" ")[0]
     return CheckpointError(
         f"{entry['module']} was quantized by the rule of {entry['plugin']} for {entry['rule']}, "
         "and no loaded plugin has one for it",
-        hint=f"pip install {distribution}",
+        hint=how_to_get(str(entry["plugin"])),
     )
