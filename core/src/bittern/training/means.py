@@ -32,15 +32,13 @@ class RunningMeans:
     """
 
     def __init__(self, quantizers: Iterable[TensorQuantizer], decay: float, group: Any) -> None:
-        self._pairs: list[tuple[TensorQuantizer, Tracker]] = []
         self._decay = decay
         self._group = group
-        for quantizer in quantizers:
-            tracker = Tracker(quantizer.extremes, _statistic(quantizer))
-            quantizer.tracker = tracker
-            self._pairs.append((quantizer, tracker))
+        self._pairs = [(q, Tracker(q.extremes, _statistic(q))) for q in quantizers]
         if group is None and self._pairs:  # once: do all ranks hold the same?
             reduce_max({q.name: tracker.seen for q, tracker in self._pairs}, None)
+        for quantizer, tracker in self._pairs:
+            quantizer.tracker = tracker
 
     @torch.no_grad()
     def step(self) -> None:

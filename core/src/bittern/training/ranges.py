@@ -16,9 +16,8 @@ from typing import Any, get_args
 
 from torch import nn
 
-from bittern.errors import CalibrationError, TrainingError
+from bittern.errors import CalibrationError, NumericsError, TrainingError
 from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules
-from bittern.numerics import Range
 from bittern.runtime.access import resident
 from bittern.training.following import FollowedWeights
 from bittern.training.kinds import Activations, Weights
@@ -85,11 +84,9 @@ class RangeTraining:
         group: Any,
     ) -> None:
         self.behavior: Mapping[str, str] = {q.name: word for _, q, word in chosen}
-        # A learned quantizer first: it may refuse, and then nothing has changed that matters.
-        self._learned = [q for _, q, word in chosen if word == "learned"]
-        for quantizer in self._learned:
-            quantizer.learn()
         self._weights = FollowedWeights([(m, q) for m, q, w in chosen if w == "follow"], access)
+        self._learned = [q for _, q, word in chosen if word == "learned"]
+        _learn(self._learned)
         self._means = RunningMeans([q for _, q, w in chosen if w == "ema"], decay, group)
         self._frozen = self._finished = False
 
@@ -145,10 +142,7 @@ class RangeTraining:
             return
         if not self._frozen:
             self._weights.step(check=True)
-        for quantizer in self._learned:
-            values = quantizer.range
-            if quantizer.learned is not None and values is not None:
-                quantizer.set_range(Range(values.amax))
+        _make_static(self._learned)
         self._means.stop()
         self._finished = True
 
@@ -156,6 +150,24 @@ class RangeTraining:
         counts = Counter(self.behavior.values())
         state = "finished" if self._finished else "frozen" if self._frozen else "training"
         return f"<RangeTraining {state}: {', '.join(f'{n} {w}' for w, n in counts.items())}>"
+
+
+def _learn(quantizers: list[TensorQuantizer]) -> None:
+    """Make all ranges parameters, or none of them."""
+    static = [quantizer for quantizer in quantizers if quantizer.learned is None]
+    try:
+        for quantizer in static:
+            quantizer.learn()
+    except NumericsError:
+        _make_static(static)
+        raise
+
+
+def _make_static(quantizers: list[TensorQuantizer]) -> None:
+    for quantizer in quantizers:
+        values = quantizer.range
+        if quantizer.learned is not None and values is not None:
+            quantizer.set_range(values)
 
 
 def _choose(
