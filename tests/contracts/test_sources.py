@@ -61,8 +61,10 @@ def test_nothing_is_imported_by_a_star(trees: dict[Path, ast.Module]) -> None:
     assert not found
 
 
-PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
-CALLS = {"torch.load", "torch.save", "eval", "exec"}
+PICKLERS = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+CALLS = {"torch.load", "torch.save", "torch.jit.load", "eval", "exec", "compile", "__import__"}
+CALLS |= {f"yaml.{name}" for name in ("load", "full_load", "unsafe_load", "load_all", "Loader")}
+OPTIONS = {"allow_pickle": "False", "trust_remote_code": "False", "weights_only": "True"}
 # Imports pickle to forbid it: it patches the functions and calls none, which is checked too.
 GUARD = "bittern/testing/pickles.py"
 
@@ -82,6 +84,11 @@ def pickling(tree: ast.Module, *, guard: bool) -> list[tuple[int, str]]:
             names = {called} & CALLS
             if called.partition(".")[0] in PICKLERS:
                 names.add(called)
+            names |= {
+                f"{k.arg}={ast.unparse(k.value)}"
+                for k in node.keywords
+                if k.arg in OPTIONS and ast.unparse(k.value) != OPTIONS[k.arg]
+            }
         else:
             continue
         found += [(node.lineno, name) for name in names]
@@ -108,6 +115,10 @@ def test_nothing_is_pickled_or_evaluated(trees: dict[Path, ast.Module]) -> None:
         "torch.save(x, 'y')",
         "from torch import load",
         "eval('1')",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "numpy.load(file, allow_pickle=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=trust)",
+        "read(file, weights_only=False)",
         "def f():\n    import marshal",
     ],
 )
