@@ -80,7 +80,18 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return heard
 
 
-STEPS = ["load", "trace", "plan", "convert", "calibrate", "evaluate", "export", "verify", "save", "restore"]
+STEPS = [
+    "load",
+    "trace",
+    "plan",
+    "convert",
+    "calibrate",
+    "evaluate",
+    "export",
+    "verify",
+    "save",
+    "restore",
+]
 
 
 def test_the_page_has_every_step(root: Path) -> None:

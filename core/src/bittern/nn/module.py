@@ -59,7 +59,7 @@ class QuantModule(nn.Module):
         quantizer = self._modules.get(slot + SUFFIX)
         if quantizer is None:
             return x
-        if refilled(self) and type(x) is nn.Parameter and not x.requires_grad:
+        if type(x) is nn.Parameter and not x.requires_grad and refilled(self):  # cheap ones first
             x = x.detach()  # a parameter would be quantized once, and this one is refilled unseen
         result: Tensor = quantizer(x, experts)
         return result
