@@ -61,8 +61,9 @@ def test_the_gradient_of_a_range_is_that_of_the_paper(
     found = learned_range(x, ranges, spec)
     (found * upstream).sum().backward()
 
+    values = found.detach()
     scales = scales_for(Range(ranges.detach()), spec)
-    assert torch.equal(found, fake_quantize(x, spec, scales))
+    assert torch.equal(values, fake_quantize(x, spec, scales))
     # Equations 3 and 5, element by element, in units of the step; then its scale (section 2.2), and
     # the way from the step to the range, which is max_value times as large and moves along.
     expected = torch.zeros_like(ranges.detach())
@@ -77,7 +78,7 @@ def test_the_gradient_of_a_range_is_that_of_the_paper(
             elif v < codec.min_value:
                 slope = codec.min_value
             else:
-                slope = float(found[i, j]) / step - v
+                slope = float(values[i, j]) / step - v
             expected[at] += float(upstream[i, j]) * slope / codec.max_value
             count[at] += 1
     codes = 2 ** (spec.format.bits - codec.signed) - 1

@@ -1,0 +1,93 @@
+"""Running means of two ranks (gloo) are those of one process with all their data."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import bittern as bt
+from bittern.nn import named_quantizers
+from bittern.training import train_ranges
+
+STEPS, RANKS = 2, 2
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    bt.quantize(model, "int8", data=batches()[:1])
+    return model.train()
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 16, generator=generator) * scale for scale in (1, 5, 2, 3)]
+
+
+def train(model: nn.Sequential, data: list[torch.Tensor], *, ddp: bool) -> None:
+    """Two steps, each of as many batches as there are for one."""
+    ranges = train_ranges(
+        model, weights="follow", activations="ema", decay=0.5, ranges={"0.weight": "learned"}
+    )
+    whole: nn.Module = DistributedDataParallel(model) if ddp else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    per_step = len(data) // STEPS
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for x in data[step * per_step : (step + 1) * per_step]:
+            loss = loss + whole(x).square().mean() / per_step
+        loss.backward()
+        optimizer.step()
+        ranges.step()
+    ranges.finish()
+
+
+def ranges_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: q.amax for name, q in named_quantizers(model) if q.amax is not None}
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = build()
+    train(model, batches()[rank::RANKS], ddp=True)
+    torch.save(ranges_of(model), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks wrote: this file, run twice."""
+    path = tmp_path_factory.mktemp("ranks")
+    ranks = [subprocess.Popen([sys.executable, __file__, str(path), str(r)]) for r in range(RANKS)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0] * RANKS
+    return path
+
+
+def test_two_ranks_have_the_ranges_of_one_process(folder: Path) -> None:
+    model = build()
+    before = {name: value.clone() for name, value in ranges_of(model).items()}
+    train(model, batches(), ddp=False)
+    expected = ranges_of(model)
+    assert all(not torch.equal(value, before[name]) for name, value in expected.items())
+    for rank in range(RANKS):
+        found = torch.load(folder / f"{rank}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+def test_the_ranks_agree_to_the_bit(folder: Path) -> None:
+    first, second = (torch.load(folder / f"{r}.pt", weights_only=True) for r in range(RANKS))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[2]), sys.argv[1])
