@@ -34,6 +34,7 @@ LENGTH = 16
 def ensure_groups(tensor: int = 1, pipeline: int = 1) -> None:
     """Make Megatron's process groups, and a process group of one where there is none."""
     if not dist.is_initialized():
+        parallel_state.destroy_model_parallel()  # groups of one that somebody destroyed
         if "lo" in {name for _, name in socket.if_nameindex()}:  # host names need not resolve
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -123,15 +123,15 @@ def test_hooks_come_from_the_specifications(bittern, install):
     assert set(specs.RETURNS) <= set(hooks)
     model = hooks["resolve_model"]
     assert model["kind"] == "first answer"
-    assert model["arguments"] == {"source": "str", "config": "LoadConfig"}
+    assert model["arguments"] == {"source": "str", "config": "LoadConfig", "toolkit": "Any"}
     assert model["returns"] == "nn.Module | None"
     assert model["summary"] == "Load the model that a command line or a user names."
-    assert hooks["register_modes"]["reserved"]
+    assert hooks["resolve_parallel_state"]["reserved"]
     assert not hooks["register_formats"]["reserved"]
     assert all(h["kind"] and h["summary"].endswith(".") for h in hooks.values())
     assert "bittern-good 1.2" in hooks["register_exporters"]["plugins"]
     done = bittern("plugins", "hooks")
-    assert "resolve_model(source, config)" in done.out
+    assert "resolve_model(source, config, toolkit)" in done.out
 
 
 def test_a_required_plugin_that_is_missing_does_not_hide_the_list(bittern, monkeypatch):

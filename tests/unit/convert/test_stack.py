@@ -93,7 +93,10 @@ EXACT = set(WRAPS) - {"half"}  # half precision rounds the weights
 
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one, which DDP asks for."""
+    """A process group of one, which DDP asks for; another test may have left one."""
+    if dist.is_initialized():
+        yield
+        return
     store = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
