@@ -9,6 +9,9 @@ CALIB is ever trained on. Every recipe is applied to a fresh model, calibrated o
 again (QAT). Batches are windows of the text that begin anywhere, drawn by a seed; AdamW, 5 % warmup
 and a cosine to 0. ``--unquantized`` trains the plain model by the same schedule on next tokens:
 what the text alone brings, which is no merit of training while quantized.
+
+The defaults are the best of some twenty runs of 300 steps: batches of 8, 16 and 32 rows bring back
+42, 44 and 47 % of what nvfp4 costs, 64 no more.
 """
 
 from __future__ import annotations
@@ -123,17 +126,19 @@ def main() -> None:
     parser.add_argument("eval")
     parser.add_argument("recipes", nargs="*", default=list(RECIPES))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--beta2", type=float, default=0.95)
     parser.add_argument("--range-lr", type=float, default=1e-3, help="of learned ranges, relative")
-    parser.add_argument("--freeze", default="embed_tokens", help="parts of names to leave as is")
+    parser.add_argument(
+        "--freeze", default="", help="part of the names of parameters to leave as is"
+    )
     parser.add_argument("--pieces", type=int, default=1, help="places that a row is taken from")
     parser.add_argument("--weights", default="follow")
     parser.add_argument("--activations", default="fixed")
     parser.add_argument("--decay", type=float, default=0.99)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--hidden", type=float, default=1.0, help="weight of the hidden states")
+    parser.add_argument("--hidden", type=float, default=10.0, help="weight of the hidden states")
     parser.add_argument("--hidden-at", choices=("blocks", "parts", "linears"), default="blocks")
     parser.add_argument("--task", type=float, default=0.0, help="weight of the next tokens")
     parser.add_argument("--outliers", action="store_true")
