@@ -10,8 +10,10 @@ again (QAT). Batches are windows of the text that begin anywhere, drawn by a see
 and a cosine to 0. ``--unquantized`` trains the plain model by the same schedule on next tokens:
 what the text alone brings, which is no merit of training while quantized.
 
-The defaults are the best of some twenty runs of 300 steps: batches of 8, 16 and 32 rows bring back
-42, 44 and 47 % of what nvfp4 costs, 64 no more.
+The defaults are the best of some forty runs of 300 steps on nvfp4. Batches of 8, 16 and 32 rows
+bring back 42, 44 and 47 % of what it costs, 64 no more; gains of norms that learn 30 times as fast,
+49. What brought less: Muon (35 to 38), text that the teacher wrote (44), ranges of `mse` (45) or
+`smooth` (46) to begin with, hidden states of every part or linear (41), a loss of next tokens (16).
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def train(student: nn.Module, teacher: nn.Module, rows: Tensor, args: argparse.N
         parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [
-            {"params": others, "lr": args.lr, "weight_decay": 0.0},
+            {"params": [p for p in others if p.dim() > 1], "lr": args.lr, "weight_decay": 0.0},
+            {"params": [p for p in others if p.dim() <= 1], "lr": args.norm_lr, "weight_decay": 0.0},
             *ranges.parameter_groups(args.range_lr),
         ],
         betas=(0.9, args.beta2),
@@ -128,6 +131,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--norm-lr", type=float, default=9e-3, help="of vectors: gains of norms")
     parser.add_argument("--beta2", type=float, default=0.95)
     parser.add_argument("--range-lr", type=float, default=1e-3, help="of learned ranges, relative")
     parser.add_argument(

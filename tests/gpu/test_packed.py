@@ -46,12 +46,13 @@ def test_outputs_keep_their_bits_here_and_after_a_move(name: str) -> None:
 
 
 def test_memory_is_freed() -> None:
+    before = torch.cuda.memory_allocated()  # cuBLAS keeps a workspace there
     model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(4)]).cuda()
     bt.quantize(model, "nvfp4a16")
     torch.cuda.synchronize()
     bt.compress(model)
     weights = 4 * 2048 * 2048
-    assert torch.cuda.memory_allocated() < 0.6 * weights + 2**20  # 4.5 bits each, of 32
+    assert torch.cuda.memory_allocated() - before < 0.6 * weights + 2**20  # 4.5 bits each, of 32
 
 
 @pytest.mark.parametrize("inputs", [None, "int8"])
