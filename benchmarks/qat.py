@@ -73,10 +73,12 @@ def train(student: nn.Module, teacher: nn.Module, rows: Tensor, args: argparse.N
     others = [p for p in student.parameters() if id(p) not in left_out]
     for parameter in frozen:
         parameter.requires_grad_(False)
+    matrices = [p for p in others if p.dim() > 1]
+    gains = [p for p in others if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in others if p.dim() > 1], "lr": args.lr, "weight_decay": 0.0},
-            {"params": [p for p in others if p.dim() <= 1], "lr": args.norm_lr, "weight_decay": 0.0},
+            {"params": matrices, "lr": args.lr, "weight_decay": 0.0},
+            {"params": gains, "lr": args.norm_lr, "weight_decay": 0.0},
             *ranges.parameter_groups(args.range_lr),
         ],
         betas=(0.9, args.beta2),
