@@ -9,7 +9,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.observe import observe
 from bittern.calibration.reduce import reduce_max, reduce_sum
 from bittern.errors import CalibrationError
-from bittern.nn import Experts, TensorQuantizer, named_quantizers
+from bittern.nn import Experts, TensorQuantizer
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import MaxObserver
 from bittern.records import Affine, PerChannel
@@ -66,13 +66,13 @@ def calibrate_biases(model: nn.Module, forward: Forward, context: CalibrationCon
         CalibrationError: NaN or Inf in an activation, or the data can be run only once.
     """
     observers: dict[str, tuple[TensorQuantizer, BiasObserver]] = {}
-    for name, quantizer in named_quantizers(model):
+    for name, quantizer in context.quantizers(model):
         affine = quantizer.spec.affine
         if quantizer.tensor is None and affine is not None and not affine.dynamic:
             observers[name] = (quantizer, BiasObserver(affine, context, name=quantizer.name))
     if not observers:
         return
-    problem: CalibrationError | None = observe(model, observers, forward)
+    problem: CalibrationError | None = observe(model, observers, forward, context)
     ends = reduce_max({name: seen.ends for name, (_, seen) in observers.items()}, problem)
     totals: dict[str, Tensor] = {}
     for name, value in ends.items():

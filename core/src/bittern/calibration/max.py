@@ -17,7 +17,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.observe import observe_max
 from bittern.calibration.shared import share_global_scales, share_ranges
 from bittern.errors import CalibrationError, NumericsError
-from bittern.nn import TensorQuantizer, named_quant_modules, named_quantizers
+from bittern.nn import TensorQuantizer
 from bittern.records import Plan
 
 __all__ = ["activations_at_max", "fill_unseen", "run_max", "static_activations"]
@@ -48,11 +48,11 @@ def run_max(
     if share:
         share_global_scales(model, context)
     if forward is not None and plan.needs_data:
-        activations_at_max(model, static_activations(model), forward, context, share=share)
+        activations_at_max(model, static_activations(model, context), forward, context, share=share)
 
 
 def _weights(model: nn.Module, context: CalibrationContext) -> None:
-    for _, module in named_quant_modules(model):
+    for _, module in context.modules(model):
         weights = [q for q in module.slots().values() if q.tensor is not None]
         if not weights:
             continue
@@ -72,11 +72,11 @@ def _weights(model: nn.Module, context: CalibrationContext) -> None:
                     ) from error
 
 
-def static_activations(model: nn.Module) -> dict[str, TensorQuantizer]:
+def static_activations(model: nn.Module, context: CalibrationContext) -> dict[str, TensorQuantizer]:
     """Return the activation quantizers that data has to calibrate, by name."""
     return {
         name: quantizer
-        for name, quantizer in named_quantizers(model)
+        for name, quantizer in context.quantizers(model)
         if quantizer.tensor is None
         and not quantizer.spec.dynamic
         and quantizer.spec.constant_amax is None

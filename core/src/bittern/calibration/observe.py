@@ -12,7 +12,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.histogram import BINS, Histogram, HistogramObserver, coarsened, empty
 from bittern.calibration.reduce import reduce_max, reduce_sum
 from bittern.errors import CalibrationError
-from bittern.nn import TensorQuantizer, named_quantizers
+from bittern.nn import TensorQuantizer
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import MaxObserver, Observer
 
@@ -23,6 +23,7 @@ def observe(
     model: nn.Module,
     observers: Mapping[str, tuple[TensorQuantizer, Observer]],
     forward: Forward,
+    context: CalibrationContext,
 ) -> CalibrationError | None:
     """Run the unquantized model over the data while the observers look.
 
@@ -30,12 +31,13 @@ def observe(
         model: The converted model.
         observers: Name to an activation quantizer and what collects its statistics.
         forward: Runs the data.
+        context: Says which quantizers are calibrated; those are off.
 
     Returns:
         What to raise once all ranks know of it: NaN or Inf in an activation; names the quantizer
         and the batch.
     """
-    were_on = [q for _, q in named_quantizers(model) if q.enabled]
+    were_on = [q for _, q in context.quantizers(model) if q.enabled]
     try:
         for quantizer in were_on:  # statistics are those of the unquantized model
             quantizer.enabled = False
@@ -83,7 +85,7 @@ def observe_max(
         name: (quantizer, MaxObserver(extremes, context.shared, name=quantizer.name))
         for name, (quantizer, extremes) in watched.items()
     }
-    problem = observe(model, observers, forward)
+    problem = observe(model, observers, forward, context)
     found = {name: observer.result() for name, (_, observer) in observers.items()}
     reduced = reduce_max(found, problem)
     return {
@@ -129,7 +131,7 @@ def observe_histograms(
         )
         for name, q in watched.items()
     }
-    problem = observe(model, observers, forward)
+    problem = observe(model, observers, forward, context)
     for quantizer, observer in observers.values():
         if problem is None and observer.negative():  # magnitudes would hide them
             problem = CalibrationError(

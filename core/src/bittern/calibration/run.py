@@ -7,7 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.reduce import RankError, agree
+from bittern.calibration.sequential import Step, run_sequential
 from bittern.errors import CalibrationError, DataError, PluginError
 from bittern.nn import named_quantizers
 from bittern.nn.observer import SharedInputs
@@ -23,6 +25,7 @@ from bittern.registry import Registry
 from bittern.registry.targets import bound
 from bittern.runtime import (
     SILENT,
+    Batch,
     Data,
     Fingerprint,
     Progress,
@@ -110,8 +113,30 @@ def run_calibration(
         _check_options(function, step.name, options)  # all of them before the first data pass
     try:
         with evaluating(model), _together() if needed else nullcontext():
-            for function, (_, options) in zip(functions, steps, strict=True):
-                function(model, plan, forward if needed else None, context, **options)
+            for sequential, group in groupby(
+                zip(functions, steps, strict=True), lambda item: item[1][0].sequential and needed
+            ):
+                some = [
+                    (partial(function, **options), step.needs)
+                    for function, (step, options) in group
+                ]
+                if sequential:
+                    assert data is not None
+                    found = _batches(model, data, adapter, seen)
+                    batches = len(found)
+                    run_sequential(
+                        model,
+                        plan,
+                        [_step(run, model) for run, _ in some],
+                        batches=found,
+                        adapter=adapter,
+                        context=context,
+                        wrap=wrap,
+                        original=any("original" in needs for _, needs in some),
+                    )
+                    continue
+                for run, _ in some:
+                    run(model, plan, forward if needed else None, context)
     except BaseException:
         for undo in reversed(context.undo):
             undo()
@@ -125,6 +150,27 @@ def run_calibration(
         uncalibrated=uncalibrated,
         data=seen.value,
     )
+
+
+def _step(run: Callable[..., None], model: nn.Module) -> Step:
+    return lambda plan, forward, context: run(model, plan, forward, context)
+
+
+def _batches(model: nn.Module, data: Data, adapter: ModelAdapter, seen: Fingerprint) -> list[Batch]:
+    """Return all batches, ready for the model: blocks are run on them again and again."""
+    if callable(data) and not hasattr(data, "__iter__"):
+        raise CalibrationError(
+            "an algorithm that goes block by block needs batches, and the data is a function",
+            hint="give the batches as a list, a DataLoader or a path",
+        )
+    found = []
+    for index, raw in enumerate(data):
+        seen.update(raw)
+        found.append(prepare(raw, model, adapter, index=index))
+    seen.close()
+    if not found:
+        raise DataError(EMPTY, hint="an iterator can be used up only once; give a list")
+    return found
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from bittern.calibration.context import CalibrationContext
-from bittern.nn import QuantModule, TensorQuantizer, named_quantizers
+from bittern.nn import TensorQuantizer
 from bittern.numerics import Range
 
 __all__ = ["share_global_scales", "share_ranges"]
@@ -19,7 +19,7 @@ def share_ranges(model: nn.Module, context: CalibrationContext) -> None:
     """
     trace = context.trace()
     for group in trace.shared_inputs if trace is not None else ():
-        inputs = [q for name in group if (q := _slot(model, name, "input")) is not None]
+        inputs = [q for name in group if (q := context.quantizer(model, name, "input")) is not None]
         for one in inputs:
             own = one.range
             if own is None:
@@ -35,11 +35,12 @@ def share_global_scales(model: nn.Module, context: CalibrationContext) -> None:
     Engines fuse them into one matrix, which has one global scale, the largest of theirs; block
     scales stay what fits each block. Weights that share their input with nobody are left alone.
     """
-    if not any(_two_level(q) for _, q in named_quantizers(model)):
+    if not any(_two_level(q) for _, q in context.quantizers(model)):
         return
     trace = context.trace()
     for group in trace.shared_inputs if trace is not None else ():
-        weights = [(name, q) for name in group if (q := _slot(model, name, "weight")) is not None]
+        known = [(name, context.quantizer(model, name, "weight")) for name in group]
+        weights = [(name, q) for name, q in known if q is not None]
         found = [q.global_amax for _, q in weights if _two_level(q) and q.global_amax is not None]
         if len({value.shape for value in found}) != 1 or len(found) < 2:
             continue
@@ -66,11 +67,3 @@ def _union(own: Range, others: list[Range]) -> Range:
         return Range(high)
     lows = [values.amin.to(device) for values in others if values.amin is not None]
     return Range(high, amin=torch.stack(lows).amin(0))
-
-
-def _slot(model: nn.Module, name: str, slot: str) -> TensorQuantizer | None:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:  # a tensor of a module with several
-        return None
-    return module.quantizer(slot) if isinstance(module, QuantModule) else None

@@ -27,7 +27,7 @@ from bittern.calibration.observe import observe_histograms
 from bittern.calibration.search import Error, best_range, multipliers, squared
 from bittern.calibration.shared import share_ranges
 from bittern.errors import CalibrationError, PluginError
-from bittern.nn import TensorQuantizer, named_quant_modules
+from bittern.nn import TensorQuantizer
 from bittern.numerics import codec_of
 from bittern.records import PerChannel, PerTensor, Plan, QuantizerSpec
 from bittern.registry.targets import resolve
@@ -141,7 +141,7 @@ def run_mse(
         if activations:
             _activations(model, forward, context, partial(mse_amax, error=cost), bins=bins)
         else:
-            activations_at_max(model, static_activations(model), forward, context)
+            activations_at_max(model, static_activations(model, context), forward, context)
 
 
 def _activations(
@@ -152,7 +152,7 @@ def _activations(
     *,
     bins: int,
 ) -> None:
-    static = static_activations(model)
+    static = static_activations(model, context)
     calibrate_biases(model, forward, context)
     counted = {name: q for name, q in static.items() if _has_histogram(q)}
     if counted:
@@ -175,7 +175,7 @@ def _has_histogram(quantizer: TensorQuantizer) -> bool:
 
 def _weights(model: nn.Module, context: CalibrationContext, error: Error) -> None:
     """Search the ranges of all weights; they are at max."""
-    for _, module in named_quant_modules(model):
+    for _, module in context.modules(model):
         searched = [q for q in module.slots().values() if q.tensor is not None and _searchable(q)]
         if not searched:
             continue

@@ -8,6 +8,7 @@ from bittern.nn.module import (
     named_quantizers,
     original_class,
     quantizer_keys,
+    quantizers_of,
     quantizers_off,
     restore_class,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "named_quantizers",
     "original_class",
     "quantizer_keys",
+    "quantizers_of",
     "quantizers_off",
     "restore_class",
 ]

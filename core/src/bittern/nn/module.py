@@ -26,6 +26,7 @@ __all__ = [
     "named_quantizers",
     "original_class",
     "quantizer_keys",
+    "quantizers_of",
     "quantizers_off",
     "refilled",
     "restore_class",
@@ -188,10 +189,15 @@ def named_quant_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
     """Yield ``("module.path.slot", quantizer)`` of every quantizer, with ``.then`` down a chain."""
     for name, module in named_quant_modules(model):
-        for slot, quantizer in module.slots().items():
-            path = f"{name}.{slot}" if name else slot
-            for step, link in enumerate(quantizer.chain()):
-                yield path + ".then" * step, link
+        yield from quantizers_of(name, module)
+
+
+def quantizers_of(name: str, module: QuantModule) -> Iterator[tuple[str, TensorQuantizer]]:
+    """Yield ``("name.slot", quantizer)`` of one module, with ``.then`` down a chain."""
+    for slot, quantizer in module.slots().items():
+        path = f"{name}.{slot}" if name else slot
+        for step, link in enumerate(quantizer.chain()):
+            yield path + ".then" * step, link
 
 
 def quantizer_keys(model: nn.Module) -> set[str]:

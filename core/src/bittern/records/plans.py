@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
 from bittern.records.formats import QuantizerSpec
 from bittern.records.granularity import Granularity
@@ -122,6 +122,18 @@ class Plan:
                 bits += entry.spec.bits_per_element(entry.shape) * numel
                 total += numel
         return bits / total if total else 0.0
+
+    def part(self, modules: Collection[str]) -> Plan:
+        """Return the plan of some of its modules only.
+
+        Args:
+            modules: Their paths.
+        """
+        return replace(
+            self,
+            entries=tuple(entry for entry in self.entries if entry.module in modules),
+            classes={path: name for path, name in self.classes.items() if path in modules},
+        )
 
     def by_module(self) -> dict[str, dict[str, PlanEntry]]:
         """Return ``{module: {slot: entry}}`` in the model's order."""
