@@ -218,7 +218,13 @@ class Toolkit:
         self.plugins.notify("after_convert", model=model, plan=plan)
 
     def calibrate(
-        self, model: nn.Module, plan: Plan, data: Data | None, *, progress: Progress | None = None
+        self,
+        model: nn.Module,
+        plan: Plan,
+        data: Data | None,
+        *,
+        layerwise: bool = False,
+        progress: Progress | None = None,
     ) -> CalibrationSummary:
         """Run the plan's algorithms."""
         from bittern.calibration import run_calibration
@@ -244,6 +250,7 @@ class Toolkit:
             access=self.access,
             wrap=wrap,
             trace=lambda args, kwargs: self._trace(model, args, kwargs),
+            layerwise=layerwise,
             progress=progress if progress is not None else SILENT,
         )
         seen = {"batches": summary.batches, "data": summary.data}
@@ -268,6 +275,7 @@ class Toolkit:
         *,
         overrides: Sequence[str] = (),
         config: DataConfig | None = None,
+        layerwise: bool = False,
         progress: Progress | None = None,
     ) -> Result:
         """Plan, convert and calibrate; on an error the model is what it was."""
@@ -285,7 +293,7 @@ class Toolkit:
         undo = remember(model)
         try:
             self.convert(model, plan)
-            summary = self.calibrate(model, plan, batches, progress=progress)
+            summary = self.calibrate(model, plan, batches, layerwise=layerwise, progress=progress)
             said = {} if config is None else {"data": asdict(config)}
             amend_mode(model, "quantize", config={"overrides": list(overrides)}, metadata=said)
         except BaseException:

@@ -15,6 +15,7 @@ import bittern as bt
 from bittern.calibration.blocks import find_chains, find_parts
 from bittern.calibration.replay import find_replay
 from bittern.errors import CalibrationError
+from bittern.nn import named_quantizers
 from bittern.records import Algorithm, ModelAdapter
 from bittern.runtime import prepare
 from bittern.toolkit import Toolkit
@@ -241,3 +242,35 @@ def test_chains_of_an_encoder_and_a_decoder_are_kept_apart() -> None:
 def test_data_as_a_function_is_refused(run: Run) -> None:
     with pytest.raises(CalibrationError, match="needs batches"):
         run(build(), lambda model: model(batches()[0]))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "nvfp4", "int8-smoothquant"])
+def test_layer_by_layer_and_all_at_once_find_the_same_ranges(recipe: str) -> None:
+    """Steps that look at the unquantized model look at the very same numbers."""
+    whole, parts = build_wide(), build_wide()
+    data = [torch.randn(4, 32) for _ in range(3)]
+    bt.quantize(whole, recipe, data)
+    bt.quantize(parts, recipe, data, layerwise=True)
+    for (name, one), (_, other) in zip(
+        named_quantizers(whole), named_quantizers(parts), strict=True
+    ):
+        torch.testing.assert_close(one.state(), other.state(), rtol=0, atol=0, msg=name)
+    torch.testing.assert_close(whole.state_dict(), parts.state_dict(), rtol=0, atol=0)
+
+
+def build_wide() -> nn.Module:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up = nn.LayerNorm(32), nn.Linear(32, 64)
+            self.gate, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            found: Tensor = x + self.down(self.up(y) * self.gate(y).relu())
+            return found
+
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(32, 32), nn.Sequential(Wide(), Wide(), Wide()), nn.Linear(32, 32)
+    ).eval()

@@ -138,6 +138,7 @@ def quantize(
     *,
     overrides: Sequence[str] = (),
     config: DataConfig | None = None,
+    layerwise: bool = False,
     progress: Progress | None = None,
     toolkit: Toolkit | None = None,
 ) -> Result:
@@ -150,6 +151,8 @@ def quantize(
             or none), or a path that a plugin reads. Recipes without static activations need none.
         overrides: ``"dotted.path=value"`` on top of the recipe.
         config: How a path is read.
+        layerwise: Whether the recipe's algorithms run on one block after the other, which keeps
+            the activations of one block at a time. Those that see quantized inputs always do.
         progress: Shows where long work is.
         toolkit: Plugins to use; all that are installed by default.
 
@@ -160,7 +163,13 @@ def quantize(
         BitternError: Bad recipe, data or weights; the model is then what it was.
     """
     return toolkit_or_default(toolkit).quantize(
-        model, recipe, data, overrides=overrides, config=config, progress=progress
+        model,
+        recipe,
+        data,
+        overrides=overrides,
+        config=config,
+        layerwise=layerwise,
+        progress=progress,
     )
 
 

@@ -37,7 +37,7 @@ class Call:
 
 
 class _Reached(Exception):  # noqa: N818
-    """The block whose inputs are looked for was called."""
+    """The block up to which the model is run was called."""
 
 
 class BlockRun:
@@ -112,6 +112,9 @@ class Replay:
         chains: Its blocks.
         stub: Whether blocks that are done are replaced by what they returned.
         fresh: Whether blocks write into their arguments, or keep a state in them.
+
+    Attributes:
+        outputs: What the last block that is done returned, per chain and batch.
     """
 
     def __init__(
@@ -129,15 +132,11 @@ class Replay:
         self._stub = stub
         self._fresh = fresh
         self._done: list[str] = []
-        self._outputs: dict[int, list[Any]] = {}
+        self.outputs: dict[int, Sequence[Any]] = {}
 
     @torch.no_grad()
     def enter(self, name: str) -> BlockRun:
-        """Return a block with its inputs.
-
-        Raises:
-            CalibrationError: No batch reaches it.
-        """
+        """Return a block with its inputs."""
         module = self._model.get_submodule(name)
         calls: list[Call] = []
 
@@ -158,25 +157,50 @@ class Replay:
         return BlockRun(name, module, calls, fresh=self._fresh)
 
     @torch.no_grad()
-    def leave(self, block: BlockRun) -> list[Any]:
+    def leave(self, block: BlockRun) -> Sequence[Any]:
         """Run a block for the last time, so that the next one can be entered; return its outputs.
 
         Args:
             block: What `enter` returned, as its outputs are to be: quantized or not.
         """
-        if not self._stub:
-            return []
         outputs = [block.run(index) for index in range(block.batches)]
-        self._outputs[self._chain[block.name]] = outputs
-        self._done.append(block.name)
+        self.done(block.name, outputs)
         return outputs
+
+    def done(self, name: str, outputs: Sequence[Any] | None = None) -> None:
+        """Take a block for done.
+
+        Args:
+            name: Its path.
+            outputs: What it returned, one per batch; ``None`` where a later one is taken, too.
+        """
+        if self._stub:
+            self._done.append(name)
+            if outputs is not None:
+                self.outputs[self._chain[name]] = outputs
+
+    @torch.no_grad()
+    def rest(self, index: int) -> None:
+        """Run what is in no block on a batch: up to the first block that is not done, if any."""
+        waiting = [name for name in self._chain if name not in self._done] if self._stub else []
+
+        def stop(_: nn.Module, args: Any) -> None:
+            raise _Reached
+
+        with ExitStack() as stack:
+            for name in waiting:
+                handle = self._model.get_submodule(name).register_forward_pre_hook(stop)
+                stack.callback(handle.remove)
+            stack.enter_context(self._stubs(index))
+            stack.enter_context(suppress(_Reached))
+            self._batches[index].run(self._model)
 
     @contextmanager
     def _stubs(self, index: int) -> Iterator[None]:
         """Let blocks that are done return the last output of their chain."""
         with ExitStack() as stack:
-            for name in self._done if self._stub else ():
-                outputs = self._outputs[self._chain[name]]
+            for name in self._done:
+                outputs = self.outputs[self._chain[name]]
                 if index < len(outputs):
                     module = self._model.get_submodule(name)
                     stack.enter_context(_returning(module, outputs[index]))
@@ -218,19 +242,18 @@ def _try(
     """Return whether blocks can be stubbed, and whether they change what they are given."""
     names = [name for chain in chains for name in chain]
     seen: list[tuple[str, list[Tensor]]] = []
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _, __, out, name=name: seen.append((name, _digest(out)))
-        )
-        for name in names
-    ]
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, __, output: seen.append((name, _digest(output)))
+
+    handles = [model.get_submodule(n).register_forward_hook(watch(n)) for n in names]
     try:
         batches[0].run(model)
     finally:
         for handle in handles:
             handle.remove()
-    expected = dict(seen)
     stub = [name for name, _ in seen] == names
+    expected = dict(seen)
     fresh = False
     replay = Replay(model, batches, chains, stub=stub)
     for name in names:
@@ -238,25 +261,14 @@ def _try(
         if block.batches == 0:
             continue
         last = block.batches - 1
-        if not stub:
-            once, twice = _digest(block.run(last)), _digest(block.run(last))
-            fresh |= not _same(once, twice)
-            continue
-        changed = _versions(block.inputs(0))
-        once, twice = _digest(block.run(0)), _digest(block.run(0))
-        fresh |= not _same(once, twice) or changed != _versions(block.inputs(0))
-        if not _same(once, expected[name]):
+        before = _versions(block.inputs(last))
+        output = block.run(last)
+        once, twice = _digest(output), _digest(block.run(last))
+        fresh |= not _same(once, twice) or before != _versions(block.inputs(last))
+        if stub and not _same(once, expected[name]):
             return False, True
-        replay = _moved_on(replay, block, fresh=fresh)
+        replay.done(name, [output])
     return stub, fresh
-
-
-def _moved_on(replay: Replay, block: BlockRun, *, fresh: bool) -> Replay:
-    replay._fresh = fresh
-    if fresh:
-        block = replay.enter(block.name)
-    replay.leave(block)
-    return replay
 
 
 def _alike(call: Call, before: Call | None) -> Call:
@@ -267,18 +279,15 @@ def _alike(call: Call, before: Call | None) -> Call:
     known, other = pytree.tree_flatten((before.args, before.kwargs))
     if structure != other:
         return call
-    shared = [
-        k
-        if isinstance(x, Tensor)
-        and isinstance(k, Tensor)
-        and x.shape == k.shape
-        and x.dtype == k.dtype
-        and torch.equal(x, k)
-        else x
-        for x, k in zip(leaves, known, strict=True)
-    ]
+    shared = [k if _equal(x, k) else x for x, k in zip(leaves, known, strict=True)]
     args, kwargs = pytree.tree_unflatten(shared, structure)
     return Call(args, kwargs)
+
+
+def _equal(x: Any, other: Any) -> bool:
+    if not (isinstance(x, Tensor) and isinstance(other, Tensor)):
+        return False
+    return x.shape == other.shape and x.dtype == other.dtype and torch.equal(x, other)
 
 
 def _digest(output: Any) -> list[Tensor]:
@@ -299,11 +308,9 @@ def _versions(arguments: Any) -> list[int]:
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    if len(one) != len(other):
+    if [a.shape for a in one] != [b.shape for b in other]:
         return False
     for a, b in zip(one, other, strict=True):
-        if a.shape != b.shape:
-            return False
         difference = (a - b).nan_to_num().norm()
         if difference > _CLOSE * b.nan_to_num().norm():
             return False

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import nn
 
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.reduce import RankError, agree
-from bittern.calibration.sequential import Step, run_sequential
+from bittern.calibration.sequential import Step, run_by_parts
 from bittern.errors import CalibrationError, DataError, PluginError
 from bittern.nn import named_quantizers
 from bittern.nn.observer import SharedInputs
-from bittern.records import CalibrationSummary, ModelAdapter, Plan
+from bittern.records import Algorithm, CalibrationSummary, ModelAdapter, Plan
 from bittern.registry import Registry
 from bittern.registry.targets import bound
 from bittern.runtime import (
@@ -53,6 +53,7 @@ def run_calibration(
     access: Callable[..., AbstractContextManager[None]],
     wrap: Callable[[Forward], int],
     trace: Callable[[tuple[Any, ...], Mapping[str, Any]], Trace],
+    layerwise: bool = False,
     progress: Progress = SILENT,
 ) -> CalibrationSummary:
     """Run the plan's algorithms, left to right.
@@ -66,6 +67,7 @@ def run_calibration(
         access: Makes a module's weights real.
         wrap: Runs a data pass through the ``run_calibration`` hook.
         trace: Traces the model on the arguments of one call.
+        layerwise: Whether all steps run on one block after the other.
         progress: Shows where it is.
 
     Raises:
@@ -113,30 +115,27 @@ def run_calibration(
         _check_options(function, step.name, options)  # all of them before the first data pass
     try:
         with evaluating(model), _together() if needed else nullcontext():
-            for sequential, group in groupby(
-                zip(functions, steps, strict=True), lambda item: item[1][0].sequential and needed
+            for by_parts, group in groupby(
+                zip(functions, steps, strict=True),
+                lambda item: needed and (layerwise or item[1][0].sequential),
             ):
-                some = [
-                    (partial(function, **options), step.needs)
-                    for function, (step, options) in group
-                ]
-                if sequential:
+                some = [_step(run, model, step, options) for run, (step, options) in group]
+                if by_parts:
                     assert data is not None
                     found = _batches(model, data, adapter, seen)
                     batches = len(found)
-                    run_sequential(
+                    run_by_parts(
                         model,
                         plan,
-                        [_step(run, model) for run, _ in some],
+                        some,
                         batches=found,
                         adapter=adapter,
                         context=context,
                         wrap=wrap,
-                        original=any("original" in needs for _, needs in some),
                     )
-                    continue
-                for run, _ in some:
-                    run(model, plan, forward if needed else None, context)
+                else:
+                    for step in some:
+                        step.run(plan, forward if needed else None, context)
     except BaseException:
         for undo in reversed(context.undo):
             undo()
@@ -152,8 +151,14 @@ def run_calibration(
     )
 
 
-def _step(run: Callable[..., None], model: nn.Module) -> Step:
-    return lambda plan, forward, context: run(model, plan, forward, context)
+def _step(
+    run: Callable[..., None], model: nn.Module, algorithm: Algorithm, options: Mapping[str, object]
+) -> Step:
+    return Step(
+        run=lambda plan, forward, context: run(model, plan, forward, context, **options),
+        sequential=algorithm.sequential,
+        original="original" in algorithm.needs,
+    )
 
 
 def _batches(model: nn.Module, data: Data, adapter: ModelAdapter, seen: Fingerprint) -> list[Batch]:

@@ -1,10 +1,16 @@
-"""Runs steps block by block, each block on what the quantized blocks before it compute."""
+"""Runs steps part by part: blocks in order, and what is in none before and after them.
+
+Two streams of activations go through the blocks. A step of the kind ``sequential`` sees what the
+quantized blocks before it compute; any other step sees what the unquantized model computes, as it
+does when it runs on the whole model at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import nn
 
@@ -15,14 +21,27 @@ from bittern.calibration.replay import BlockRun, Replay, find_replay
 from bittern.nn import named_quant_modules, quantizers_of, quantizers_off
 from bittern.records import ModelAdapter, Plan
 from bittern.runtime import Batch
+from bittern.tracing import Trace
 
-__all__ = ["Step", "run_sequential"]
-
-# Runs one algorithm on a part of the model: its plan, what runs the data, its context.
-Step = Callable[[Plan, Forward, CalibrationContext], None]
+__all__ = ["Step", "run_by_parts"]
 
 
-def run_sequential(
+@dataclass(frozen=True)
+class Step:
+    """One algorithm with its options.
+
+    Attributes:
+        run: Called with the plan of a part, what runs its data, and its context.
+        sequential: Whether it sees what quantized blocks compute.
+        original: Whether it asks for the outputs of unquantized blocks.
+    """
+
+    run: Callable[[Plan, Forward | None, CalibrationContext], None]
+    sequential: bool
+    original: bool
+
+
+def run_by_parts(
     model: nn.Module,
     plan: Plan,
     steps: Sequence[Step],
@@ -31,7 +50,6 @@ def run_sequential(
     adapter: ModelAdapter,
     context: CalibrationContext,
     wrap: Callable[[Forward], int],
-    original: bool = False,
 ) -> None:
     """Run all steps on one part of a model after the other.
 
@@ -43,7 +61,6 @@ def run_sequential(
         adapter: What the model's framework knows.
         context: Services.
         wrap: Runs a data pass through the ``run_calibration`` hook.
-        original: Whether a step asks for the outputs of unquantized blocks.
     """
     chains = find_chains(model, adapter)
     parts = find_parts(model, plan, chains)
@@ -54,56 +71,118 @@ def run_sequential(
         except Exception as error:
             problem = error
         agree(problem)  # before anybody waits for statistics of a rank that has none
-    quantized, unquantized = make(), make() if original else None
+    streams = _Streams(
+        model,
+        quantized=make() if any(step.sequential for step in steps) else None,
+        unquantized=make() if any(s.original or not s.sequential for s in steps) else None,
+    )
     waiting = {path for part in parts for path in part.modules}
     for part in context.progress.track(parts, "calibrating blocks", total=len(parts)):
-        block: BlockRun | None = None
         with _off(model, waiting - set(part.modules)):
-            if part.name:
-                block = _enter(model, part, quantized, unquantized)
-            own = replace(context, only=frozenset(part.modules), block=block)
+            streams.enter(part)
+            own = replace(
+                context,
+                only=frozenset(part.modules),
+                trace=partial(_inside, part, chains, context.trace),
+            )
             for step in steps:
-                step(plan.part(own.only or ()), _forward(model, batches, own, wrap), own)
+                forward = streams.forward(step, len(batches), own, wrap)
+                step.run(plan.part(part.modules), forward, replace(own, block=streams.block(step)))
             waiting -= set(part.modules)
-            if block is not None:
-                quantized.leave(block)
+            streams.leave()
 
 
-def _enter(model: nn.Module, part: Part, quantized: Replay, unquantized: Replay | None) -> BlockRun:
-    block = quantized.enter(part.name)
-    if unquantized is None:
-        return block
-    with quantizers_off(model):
-        before = unquantized.enter(part.name)
-        outputs = unquantized.leave(before) or [before.run(i) for i in range(before.batches)]
-    return block.beside(outputs)
+def _inside(
+    part: Part, chains: Sequence[Sequence[str]], trace: Callable[[], Trace | None]
+) -> Trace | None:
+    """Return what the trace says within a part: a change beyond it would come too late."""
+    found = trace()
+    if found is None:
+        return None
+    blocks = [name for chain in chains for name in chain]
+
+    def inside(path: str) -> bool:
+        block = next((b for b in blocks if path == b or path.startswith(f"{b}.")), "")
+        return block == part.name
+
+    return found.within(inside)
 
 
-def _forward(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    context: CalibrationContext,
-    wrap: Callable[[Forward], int],
-) -> Forward:
-    """Return what runs the data through a block, or through the model if there is none."""
-    block = context.block
+class _Streams:
+    """The inputs of the part that is calibrated, as the two models compute them."""
 
-    def run() -> int:
-        count = len(batches) if block is None else block.batches
-        for index in range(count):
-            context.shared.batch = index
-            if block is None:
-                batches[index].run(model)
-            else:
-                block.run(index)
-        return count
+    def __init__(
+        self, model: nn.Module, *, quantized: Replay | None, unquantized: Replay | None
+    ) -> None:
+        self._model = model
+        self._quantized = quantized
+        self._unquantized = unquantized
+        self._block: BlockRun | None = None
+        self._before: BlockRun | None = None
 
-    return lambda: wrap(run)
+    def enter(self, part: Part) -> None:
+        """Find the inputs of a part."""
+        self._block = self._before = None
+        if not part.name:
+            return
+        if self._unquantized is not None:
+            with quantizers_off(self._model):
+                self._before = self._unquantized.enter(part.name)
+                outputs = self._unquantized.leave(self._before)
+        if self._quantized is not None:
+            self._block = self._quantized.enter(part.name)
+            if self._before is not None:
+                self._block = self._block.beside(outputs)
+
+    def leave(self) -> None:
+        """Run the part as it is now."""
+        if self._quantized is not None and self._block is not None:
+            self._quantized.leave(self._block)
+
+    def block(self, step: Step) -> BlockRun | None:
+        """Return the block as a step sees it."""
+        return self._block if step.sequential else self._before
+
+    def forward(
+        self,
+        step: Step,
+        batches: int,
+        context: CalibrationContext,
+        wrap: Callable[[Forward], int],
+    ) -> Forward:
+        """Return what runs the data through the part."""
+        block = self.block(step)
+        replay = self._quantized if step.sequential else self._unquantized
+        assert replay is not None
+
+        def run() -> int:
+            count = batches if block is None else block.batches
+            for index in range(count):
+                context.shared.batch = index
+                if block is None:
+                    replay.rest(index)
+                else:
+                    block.run(index)
+            return count
+
+        def forward() -> int:
+            with nullcontext() if step.sequential else _only(self._model, context):
+                return wrap(run)
+
+        return forward
+
+
+@contextmanager
+def _only(model: nn.Module, context: CalibrationContext) -> Iterator[None]:
+    """Switch off all quantizers but those that are calibrated now."""
+    others = {path for path, _ in named_quant_modules(model)} - (context.only or set())
+    with _off(model, others):
+        yield
 
 
 @contextmanager
 def _off(model: nn.Module, modules: set[str]) -> Iterator[None]:
-    """Switch off what is calibrated later: it has no ranges yet."""
+    """Switch off the quantizers of some modules."""
     found = [
         q
         for path, module in named_quant_modules(model)

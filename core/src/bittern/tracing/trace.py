@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +56,23 @@ class Trace:
     def foldable(self) -> tuple[Fold, ...]:
         """The producers that can take over a scale of their consumers' inputs."""
         return find_folds(self.flow)
+
+    def within(self, inside: Callable[[str], bool]) -> Trace:
+        """Return the trace with only the folds and shared inputs that lie in a part of the model.
+
+        Args:
+            inside: Whether a module, given by its path, belongs to the part.
+        """
+        part = replace(self)
+        vars(part)["foldable"] = tuple(
+            fold
+            for fold in self.foldable
+            if all(inside(member.module) for member in (*fold.scaled, *fold.divided))
+        )
+        vars(part)["shared_inputs"] = tuple(
+            group for group in self.shared_inputs if all(map(inside, group))
+        )
+        return part
 
     @cached_property
     def coverage(self) -> Coverage:
