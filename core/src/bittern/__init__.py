@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bittern.api import (
         analyze_symbols,
         apply_mode,
+        auto_quantize,
         calibrate,
         compress,
         distill,
@@ -79,6 +80,7 @@ __all__ = [
     "__version__",
     "analyze_symbols",
     "apply_mode",
+    "auto_quantize",
     "calibrate",
     "compress",
     "distill",
@@ -104,6 +106,7 @@ _HOMES = {
     "bittern.api": (
         "analyze_symbols",
         "apply_mode",
+        "auto_quantize",
         "calibrate",
         "compress",
         "distill",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bittern.registry.modules import ClassTable
     from bittern.report import Result
     from bittern.runtime import Data, Progress
+    from bittern.search import SearchResult
     from bittern.tracing import GraphCollection, SymMap, Trace
 
 __all__ = ["Toolkit", "default_toolkit", "toolkit_or_default"]
@@ -300,6 +301,14 @@ class Toolkit:
             undo()
             raise
         return Result(model=model, plan=plan, report=Report(plan=plan, calibration=summary))
+
+    def auto_quantize(
+        self, model: nn.Module, candidates: Any, data: Any, **options: Any
+    ) -> SearchResult:
+        """Find which part of a model gets which recipe, and quantize it so."""
+        from bittern.search import run_search
+
+        return run_search(model, candidates, data, steps=self, **options)
 
     def evaluate(
         self,
