@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,22 +225,13 @@ class Toolkit:
         data: Data | None,
         *,
         layerwise: bool = False,
+        work_dir: Path | None = None,
         progress: Progress | None = None,
     ) -> CalibrationSummary:
         """Run the plan's algorithms."""
         from bittern.calibration import run_calibration
         from bittern.convert import amend_mode
-        from bittern.errors import PluginError
         from bittern.runtime import SILENT
-
-        def wrap(forward: Callable[[], int]) -> int:
-            count = self.plugins.first("run_calibration", model=model, plan=plan, forward=forward)
-            if not isinstance(count, int):
-                raise PluginError(
-                    f"a run_calibration hook returned {count!r} instead of the number of batches",
-                    hint="let a wrapper return what `yield` gave it",
-                )
-            return count
 
         summary = run_calibration(
             model,
@@ -249,9 +240,11 @@ class Toolkit:
             registry=self.registry,
             adapter=self.adapter(model),
             access=self.access,
-            wrap=wrap,
+            wrap=partial(self.plugins.first, "run_calibration", model=model, plan=plan),
             trace=lambda args, kwargs: self._trace(model, args, kwargs),
             layerwise=layerwise,
+            work_dir=work_dir,
+            versions={r.name: r.version for r in self.plugins.records},
             progress=progress if progress is not None else SILENT,
         )
         seen = {"batches": summary.batches, "data": summary.data}
@@ -277,6 +270,7 @@ class Toolkit:
         overrides: Sequence[str] = (),
         config: DataConfig | None = None,
         layerwise: bool = False,
+        work_dir: Path | None = None,
         progress: Progress | None = None,
     ) -> Result:
         """Plan, convert and calibrate; on an error the model is what it was."""
@@ -294,7 +288,9 @@ class Toolkit:
         undo = remember(model)
         try:
             self.convert(model, plan)
-            summary = self.calibrate(model, plan, batches, layerwise=layerwise, progress=progress)
+            summary = self.calibrate(
+                model, plan, batches, layerwise=layerwise, work_dir=work_dir, progress=progress
+            )
             said = {} if config is None else {"data": asdict(config)}
             amend_mode(model, "quantize", config={"overrides": list(overrides)}, metadata=said)
         except BaseException:

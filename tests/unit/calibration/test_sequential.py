@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import bittern as bt
 from bittern.calibration.blocks import find_chains, find_parts
-from bittern.calibration.replay import find_replay
+from bittern.calibration.replay import Replay, find_ways
 from bittern.errors import CalibrationError
 from bittern.nn import named_quantizers
 from bittern.records import Algorithm, ModelAdapter
@@ -207,7 +207,7 @@ def test_what_the_adapter_names_are_the_blocks() -> None:
     adapter = ModelAdapter(blocks=("layers.0", "layers.1"))
     assert find_chains(build(), adapter) == (("layers.0", "layers.1"),)
     plan = bt.plan(build(), {"rules": [{"match": "*", "weight": "int4"}]})
-    parts = find_parts(build(), plan, (("layers.0", "layers.1"),))
+    parts = find_parts(plan, (("layers.0", "layers.1"),), early={"stem"})
     assert parts[-1].modules == ("layers.2.up", "layers.2.down", "head")
 
 
@@ -230,7 +230,9 @@ def test_chains_of_an_encoder_and_a_decoder_are_kept_apart() -> None:
     data = [prepare(x, model, ModelAdapter(), index=0) for x in batches()]
     chains = find_chains(model, ModelAdapter())
     assert [len(chain) for chain in chains] == [3, 3]
-    replay = find_replay(model, data, chains)()
+    ways = find_ways(model, data, chains)
+    assert ways.stub
+    replay = Replay(model, data, chains, ways)
     with torch.no_grad():
         for chain in chains:
             for name in chain:

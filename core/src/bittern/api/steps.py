@@ -139,6 +139,7 @@ def quantize(
     overrides: Sequence[str] = (),
     config: DataConfig | None = None,
     layerwise: bool = False,
+    work_dir: str | Path | None = None,
     progress: Progress | None = None,
     toolkit: Toolkit | None = None,
 ) -> Result:
@@ -153,6 +154,8 @@ def quantize(
         config: How a path is read.
         layerwise: Whether the recipe's algorithms run on one block after the other, which keeps
             the activations of one block at a time. Those that see quantized inputs always do.
+        work_dir: A directory in which blocks that are done are kept; implies ``layerwise``. Killed
+            at any point and started again on the same model and data, the result is the same.
         progress: Shows where long work is.
         toolkit: Plugins to use; all that are installed by default.
 
@@ -169,6 +172,7 @@ def quantize(
         overrides=overrides,
         config=config,
         layerwise=layerwise,
+        work_dir=None if work_dir is None else Path(work_dir),
         progress=progress,
     )
 

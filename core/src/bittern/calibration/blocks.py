@@ -7,7 +7,7 @@ planned and in no block makes up two more parts, before the first block and afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from bittern.nn import original_class
 from bittern.records import ModelAdapter, Plan
 
-__all__ = ["Part", "find_chains", "find_parts"]
+__all__ = ["Part", "block_of", "find_chains", "find_parts"]
 
 
 @dataclass(frozen=True)
@@ -47,35 +47,35 @@ def find_chains(model: nn.Module, adapter: ModelAdapter) -> tuple[tuple[str, ...
 
 
 def find_parts(
-    model: nn.Module, plan: Plan, chains: tuple[tuple[str, ...], ...]
+    plan: Plan, chains: Sequence[Sequence[str]], *, early: Collection[str]
 ) -> tuple[Part, ...]:
     """Return the parts of a model that hold planned modules, in order.
 
     Args:
-        model: The model.
         plan: Who is quantized.
-        chains: Its blocks, from `find_chains`.
+        chains: The blocks, from `find_chains`.
+        early: Those modules in no block that run before the first block.
     """
-    blocks = {path: index for index, path in enumerate(p for chain in chains for p in chain)}
-    order = {path: index for index, (path, _) in enumerate(model.named_modules())}
-    first = min((order[path] for path in blocks), default=-1)
+    blocks = [path for chain in chains for path in chain]
     before: list[str] = []
     after: list[str] = []
     inside: dict[str, list[str]] = {path: [] for path in blocks}
     for path in plan.modules:
-        block = next((above for above in _ancestors(path) if above in blocks), None)
+        block = block_of(path, chains)
         if block is not None:
             inside[block].append(path)
         else:
-            (before if order.get(path, 0) < first else after).append(path)
+            (before if path in early else after).append(path)
     parts = [Part("", tuple(before)), *(Part(name, tuple(found)) for name, found in inside.items())]
     return tuple(part for part in (*parts, Part("", tuple(after))) if part.modules)
 
 
-def _ancestors(path: str) -> Iterator[str]:
-    while path:
-        yield path
+def block_of(path: str, chains: Sequence[Sequence[str]]) -> str | None:
+    """Return the block that a module is in, ``None`` for what is in none."""
+    blocks = {name for chain in chains for name in chain}
+    while path and path not in blocks:
         path = path.rpartition(".")[0]
+    return path or None
 
 
 def _lists(module: nn.Module, path: str) -> Iterator[tuple[str, ...]]:

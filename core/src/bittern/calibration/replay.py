@@ -10,7 +10,7 @@ called twice, or look further back, is run whole.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from bittern.errors import CalibrationError
 from bittern.runtime import Batch
 
-__all__ = ["BlockRun", "Call", "Replay", "find_replay"]
+__all__ = ["BlockRun", "Call", "Replay", "Ways", "find_ways"]
 
 _SAMPLES = 4096  # numbers of an output that are compared
 _CLOSE = 1e-2  # kernels round differently now and then; a wrong input is far off
@@ -103,6 +103,21 @@ class BlockRun:
         return self._originals[index]
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How the blocks of a model can be run.
+
+    Attributes:
+        stub: Whether blocks that are done can be replaced by what they returned.
+        fresh: Whether they write into their arguments, or keep a state in them.
+        early: Paths of modules in no block that run before the first block does.
+    """
+
+    stub: bool
+    fresh: bool
+    early: frozenset[str]
+
+
 class Replay:
     """Finds the inputs of the blocks of a model, one after the other.
 
@@ -110,8 +125,7 @@ class Replay:
         model: The model, in eval mode.
         batches: Its data, ready for it.
         chains: Its blocks.
-        stub: Whether blocks that are done are replaced by what they returned.
-        fresh: Whether blocks write into their arguments, or keep a state in them.
+        ways: How they can be run.
 
     Attributes:
         outputs: What the last block that is done returned, per chain and batch.
@@ -122,15 +136,13 @@ class Replay:
         model: nn.Module,
         batches: Sequence[Batch],
         chains: Sequence[Sequence[str]],
-        *,
-        stub: bool = True,
-        fresh: bool = False,
+        ways: Ways,
     ) -> None:
         self._model = model
         self._batches = batches
         self._chain = {name: index for index, chain in enumerate(chains) for name in chain}
-        self._stub = stub
-        self._fresh = fresh
+        self._stub = ways.stub
+        self._fresh = ways.fresh
         self._done: list[str] = []
         self.outputs: dict[int, Sequence[Any]] = {}
 
@@ -221,41 +233,56 @@ def _returning(module: nn.Module, value: Any) -> Iterator[None]:
             module.__dict__["forward"] = before
 
 
-def find_replay(
-    model: nn.Module, batches: Sequence[Batch], chains: Sequence[Sequence[str]]
-) -> Callable[[], Replay]:
-    """Try on the first batch how the blocks of a model can be run, and return what makes replays.
+@torch.no_grad()
+def find_ways(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    chains: Sequence[Sequence[str]],
+    others: Collection[str] = (),
+) -> Ways:
+    """Try on the first batch how the blocks of a model can be run.
 
     Args:
         model: The model with its quantizers off.
         batches: Its data.
         chains: Its blocks.
+        others: Paths of the modules in no block that are asked about.
     """
-    stub, fresh = _try(model, batches[:1], chains)
-    return lambda: Replay(model, batches, chains, stub=stub, fresh=fresh)
-
-
-@torch.no_grad()
-def _try(
-    model: nn.Module, batches: Sequence[Batch], chains: Sequence[Sequence[str]]
-) -> tuple[bool, bool]:
-    """Return whether blocks can be stubbed, and whether they change what they are given."""
     names = [name for chain in chains for name in chain]
     seen: list[tuple[str, list[Tensor]]] = []
+    early: set[str] = set()
 
     def watch(name: str) -> Callable[..., None]:
         return lambda _, __, output: seen.append((name, _digest(output)))
 
-    handles = [model.get_submodule(n).register_forward_hook(watch(n)) for n in names]
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: early.add(name) if not seen else None
+
+    handles = [
+        *(model.get_submodule(n).register_forward_hook(watch(n)) for n in names),
+        *(model.get_submodule(n).register_forward_hook(note(n)) for n in others),
+    ]
     try:
         batches[0].run(model)
     finally:
         for handle in handles:
             handle.remove()
     stub = [name for name, _ in seen] == names
-    expected = dict(seen)
-    fresh = False
-    replay = Replay(model, batches, chains, stub=stub)
+    stub, fresh = _try(model, batches[:1], chains, expected=dict(seen) if stub else None)
+    return Ways(stub, fresh, frozenset(early) if names else frozenset())
+
+
+def _try(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    chains: Sequence[Sequence[str]],
+    *,
+    expected: Mapping[str, list[Tensor]] | None,
+) -> tuple[bool, bool]:
+    """Return whether blocks can be stubbed, and whether they change what they are given."""
+    names = [name for chain in chains for name in chain]
+    stub, fresh = expected is not None, False
+    replay = Replay(model, batches, chains, Ways(stub, fresh, frozenset()))
     for name in names:
         block = replay.enter(name)
         if block.batches == 0:
@@ -265,7 +292,7 @@ def _try(
         output = block.run(last)
         once, twice = _digest(output), _digest(block.run(last))
         fresh |= not _same(once, twice) or before != _versions(block.inputs(last))
-        if stub and not _same(once, expected[name]):
+        if expected is not None and not _same(once, expected[name]):
             return False, True
         replay.done(name, [output])
     return stub, fresh

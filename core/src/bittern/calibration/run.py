@@ -6,20 +6,26 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from itertools import groupby
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 
-from bittern.calibration.context import CalibrationContext, Forward
+from bittern.calibration.changes import sampled
+from bittern.calibration.context import CalibrationContext
 from bittern.calibration.reduce import RankError, agree
 from bittern.calibration.sequential import Step, run_by_parts
+from bittern.calibration.workdir import WorkDir
 from bittern.errors import CalibrationError, DataError, PluginError
 from bittern.nn import named_quantizers
 from bittern.nn.observer import SharedInputs
+from bittern.planning.plain import spec_to
 from bittern.records import Algorithm, CalibrationSummary, ModelAdapter, Plan
 from bittern.registry import Registry
 from bittern.registry.targets import bound
@@ -51,9 +57,11 @@ def run_calibration(
     registry: Registry,
     adapter: ModelAdapter,
     access: Callable[..., AbstractContextManager[None]],
-    wrap: Callable[[Forward], int],
+    wrap: Callable[..., int],
     trace: Callable[[tuple[Any, ...], Mapping[str, Any]], Trace],
     layerwise: bool = False,
+    work_dir: Path | None = None,
+    versions: Mapping[str, str] = MappingProxyType({}),
     progress: Progress = SILENT,
 ) -> CalibrationSummary:
     """Run the plan's algorithms, left to right.
@@ -65,9 +73,11 @@ def run_calibration(
         registry: Knows the algorithms.
         adapter: What the model's framework knows.
         access: Makes a module's weights real.
-        wrap: Runs a data pass through the ``run_calibration`` hook.
+        wrap: Runs a data pass, given as ``forward``, through the ``run_calibration`` hook.
         trace: Traces the model on the arguments of one call.
         layerwise: Whether all steps run on one block after the other.
+        work_dir: Where blocks that are done are kept; a run that was killed goes on from there.
+        versions: Of core and plugins: what was begun with others is not gone on with.
         progress: Shows where it is.
 
     Raises:
@@ -91,7 +101,7 @@ def run_calibration(
         assert data is not None
         problem: Exception | None = None
         try:
-            batches = wrap(lambda: _pass(model, data, adapter, shared, progress, seen=seen))
+            batches = wrap(forward=lambda: _pass(model, data, adapter, shared, progress, seen=seen))
         except Exception as error:
             problem = error
         seen.close()
@@ -115,27 +125,34 @@ def run_calibration(
         _check_options(function, step.name, options)  # all of them before the first data pass
     try:
         with evaluating(model), _together() if needed else nullcontext():
+            parted = layerwise or work_dir is not None
             for by_parts, group in groupby(
                 zip(functions, steps, strict=True),
-                lambda item: needed and (layerwise or item[1][0].sequential),
+                lambda item: needed and (parted or item[1][0].sequential),
             ):
                 some = [_step(run, model, step, options) for run, (step, options) in group]
                 if by_parts:
                     assert data is not None
                     found = _batches(model, data, adapter, seen)
                     batches = len(found)
-                    run_by_parts(
-                        model,
-                        plan,
-                        some,
-                        batches=found,
-                        adapter=adapter,
-                        context=context,
-                        wrap=wrap,
-                    )
+                    with ExitStack() as stack:
+                        work = None
+                        if work_dir is not None:
+                            about = _about(model, plan, versions, seen)
+                            work = stack.enter_context(WorkDir(_own(work_dir), about).locked())
+                        run_by_parts(
+                            model,
+                            plan,
+                            some,
+                            batches=found,
+                            adapter=adapter,
+                            context=context,
+                            wrap=lambda forward: wrap(forward=forward),
+                            work=work,
+                        )
                 else:
-                    for step in some:
-                        step.run(plan, forward if needed else None, context)
+                    for one in some:
+                        one.run(plan, forward if needed else None, context)
     except BaseException:
         for undo in reversed(context.undo):
             undo()
@@ -149,6 +166,27 @@ def run_calibration(
         uncalibrated=uncalibrated,
         data=seen.value,
     )
+
+
+def _about(
+    model: nn.Module, plan: Plan, versions: Mapping[str, str], seen: Fingerprint
+) -> dict[str, Any]:
+    """Return what the result depends on, as plain data."""
+    return {
+        "algorithm": [[name, dict(options)] for name, options in plan.algorithm],
+        "data": seen.value,
+        "plan": {entry.path: spec_to(entry.spec) for entry in plan.entries},
+        "ranks": len(agree()),
+        "tensors": sampled(model),
+        "versions": {**versions, "torch": torch.__version__},
+    }
+
+
+def _own(work_dir: Path) -> Path:
+    """Return the work directory of this rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return work_dir
+    return work_dir / f"rank-{dist.get_rank()}"
 
 
 def _step(

@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
-from bittern.calibration.blocks import Part, find_chains, find_parts
+from bittern.calibration.blocks import Part, block_of, find_chains, find_parts
+from bittern.calibration.changes import changes, put_back, versions
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.reduce import agree
-from bittern.calibration.replay import BlockRun, Replay, find_replay
+from bittern.calibration.replay import BlockRun, Replay, find_ways
+from bittern.calibration.workdir import WorkDir
 from bittern.nn import named_quant_modules, quantizers_of, quantizers_off
 from bittern.records import ModelAdapter, Plan
 from bittern.runtime import Batch
@@ -50,6 +54,7 @@ def run_by_parts(
     adapter: ModelAdapter,
     context: CalibrationContext,
     wrap: Callable[[Forward], int],
+    work: WorkDir | None = None,
 ) -> None:
     """Run all steps on one part of a model after the other.
 
@@ -61,23 +66,37 @@ def run_by_parts(
         adapter: What the model's framework knows.
         context: Services.
         wrap: Runs a data pass through the ``run_calibration`` hook.
+        work: Where parts that are done are kept, and taken from.
+
+    Raises:
+        CalibrationError: The work directory cannot be read or written.
     """
     chains = find_chains(model, adapter)
-    parts = find_parts(model, plan, chains)
-    with quantizers_off(model):
-        problem: Exception | None = None
-        try:
-            make = find_replay(model, batches, chains)
-        except Exception as error:
-            problem = error
-        agree(problem)  # before anybody waits for statistics of a rank that has none
+    others = [path for path in plan.modules if block_of(path, chains) is None]
+    problem: Exception | None = None
+    try:
+        with quantizers_off(model):
+            ways = find_ways(model, batches, chains, others)
+    except Exception as error:
+        problem = error
+    agree(problem)  # before anybody waits for statistics of a rank that has none
+    parts = find_parts(plan, chains, early=ways.early)
+    two, one = any(s.sequential for s in steps), any(s.original or not s.sequential for s in steps)
     streams = _Streams(
         model,
-        quantized=make() if any(step.sequential for step in steps) else None,
-        unquantized=make() if any(s.original or not s.sequential for s in steps) else None,
+        quantized=Replay(model, batches, chains, ways) if two else None,
+        unquantized=Replay(model, batches, chains, ways) if one else None,
     )
     waiting = {path for part in parts for path in part.modules}
-    for part in context.progress.track(parts, "calibrating blocks", total=len(parts)):
+    done = work.done() if work is not None else 0
+    numbered = context.progress.track(enumerate(parts), "calibrating blocks", total=len(parts))
+    for index, part in numbered:
+        if work is not None and index < done:
+            put_back(model, work.changes(index), context)
+            streams.skip(part, work.after(index) if index == done - 1 else None)
+            waiting -= set(part.modules)
+            continue
+        before = versions(model)
         with _off(model, waiting - set(part.modules)):
             streams.enter(part)
             own = replace(
@@ -90,6 +109,8 @@ def run_by_parts(
                 step.run(plan.part(part.modules), forward, replace(own, block=streams.block(step)))
             waiting -= set(part.modules)
             streams.leave()
+        if work is not None:
+            streams.take(work.keep(index, changes(model, part.modules, before), streams.state()))
 
 
 def _inside(
@@ -99,13 +120,7 @@ def _inside(
     found = trace()
     if found is None:
         return None
-    blocks = [name for chain in chains for name in chain]
-
-    def inside(path: str) -> bool:
-        block = next((b for b in blocks if path == b or path.startswith(f"{b}.")), "")
-        return block == part.name
-
-    return found.within(inside)
+    return found.within(lambda path: (block_of(path, chains) or "") == part.name)
 
 
 class _Streams:
@@ -138,6 +153,35 @@ class _Streams:
         """Run the part as it is now."""
         if self._quantized is not None and self._block is not None:
             self._quantized.leave(self._block)
+
+    def skip(self, part: Part, state: Any) -> None:
+        """Take a part for done.
+
+        Args:
+            part: The part.
+            state: What `state` returned after it, if it is the last one.
+        """
+        for replay in (self._quantized, self._unquantized):
+            if replay is not None and part.name:
+                replay.done(part.name)
+        if state is not None:
+            self.take(state)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next part needs: what blocks returned, where random numbers are."""
+        outputs = {
+            name: {str(chain): list(found) for chain, found in replay.outputs.items()}
+            for name, replay in (("quantized", self._quantized), ("original", self._unquantized))
+            if replay is not None
+        }
+        return {**outputs, "random": torch.get_rng_state()}
+
+    def take(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        for name, replay in (("quantized", self._quantized), ("original", self._unquantized)):
+            if replay is not None:
+                replay.outputs = {int(chain): found for chain, found in state[name].items()}
+        torch.set_rng_state(state["random"])
 
     def block(self, step: Step) -> BlockRun | None:
         """Return the block as a step sees it."""

@@ -1,0 +1,106 @@
+"""What a part's calibration changed in a model, as tensors that put it back into another one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bittern.calibration.context import CalibrationContext
+from bittern.errors import CalibrationError
+from bittern.nn import (
+    QuantModule,
+    TensorQuantizer,
+    named_quant_modules,
+    named_quantizers,
+    quantizers_of,
+)
+from bittern.runtime import Fingerprint
+from bittern.runtime.access import whole
+
+__all__ = ["changes", "put_back", "sampled", "versions"]
+
+_RANGES = "ranges:"
+
+# Name to the tensor and the number of writes to it.
+Versions = dict[str, tuple[int, int]]
+
+
+def versions(model: nn.Module) -> Versions:
+    """Return what tells whether a tensor of the model is written to or replaced."""
+    return {name: (id(tensor), tensor._version) for name, tensor in _own(model).items()}
+
+
+def changes(model: nn.Module, modules: Collection[str], before: Versions) -> dict[str, Tensor]:
+    """Return the tensors of a model that changed, and the state of the quantizers of ``modules``.
+
+    Args:
+        model: The converted model.
+        modules: Paths of the modules that were calibrated.
+        before: What `versions` returned.
+    """
+    found = {
+        name: tensor.detach()
+        for name, tensor in _own(model).items()
+        if before.get(name) != (id(tensor), tensor._version)
+    }
+    for module, quantized in named_quant_modules(model):
+        for path, quantizer in quantizers_of(module, quantized) if module in modules else ():
+            for name, tensor in quantizer.state().items():
+                found[f"{_RANGES}{path}/{name}"] = tensor
+    return found
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, found: Mapping[str, Tensor], context: CalibrationContext) -> None:
+    """Give a model what `changes` returned.
+
+    Raises:
+        CalibrationError: The model has no tensor of that name.
+    """
+    quantizers = dict(named_quantizers(model))
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in found.items():
+        if name.startswith(_RANGES):
+            path, _, state = name.removeprefix(_RANGES).rpartition("/")
+            states.setdefault(path, {})[state] = tensor
+            continue
+        path, _, local = name.rpartition(".")
+        module = model.get_submodule(path)
+        if not isinstance(getattr(module, local, None), Tensor):
+            raise CalibrationError(
+                f"the work directory holds {name}, which this model does not have",
+                hint="remove the work directory to begin anew",
+            )
+        with context.access(module, write=True):
+            context.remember(module, local)
+            getattr(module, local).copy_(tensor)
+    device = next(model.parameters()).device
+    for path, values in states.items():
+        quantizers[path].load_state({name: value.to(device) for name, value in values.items()})
+
+
+def sampled(model: nn.Module) -> dict[str, str]:
+    """Return a hash of every tensor's shape, dtype and up to 64 evenly spread elements."""
+    found = {}
+    for name, tensor in _own(model).items():
+        flat = whole(tensor.detach()).reshape(-1)
+        mark = Fingerprint()
+        mark.update([str(tuple(tensor.shape)), flat[:: max(1, len(flat) // 64)].clone()])
+        mark.close()
+        found[name] = mark.value[-12:]
+    return found
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers, without those of quantizers."""
+    inner = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, QuantModule)
+        for name, child in module.named_children()
+        if isinstance(child, TensorQuantizer)
+    }
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {n: t for n, t in tensors.items() if not any(n.startswith(f"{i}.") for i in inner)}
