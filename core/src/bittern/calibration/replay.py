@@ -56,12 +56,14 @@ class BlockRun:
         *,
         fresh: bool = False,
         originals: Sequence[Any] | None = None,
+        masks: Sequence[Tensor | None] = (),
     ) -> None:
         self.name = name
         self.module = module
         self._calls = calls
         self._fresh = fresh
         self._originals = originals
+        self._masks = masks
 
     def beside(self, originals: Sequence[Any]) -> BlockRun:
         """Return the block with what the unquantized one returned.
@@ -69,7 +71,14 @@ class BlockRun:
         Args:
             originals: One output per call.
         """
-        return BlockRun(self.name, self.module, self._calls, fresh=self._fresh, originals=originals)
+        return BlockRun(
+            self.name,
+            self.module,
+            self._calls,
+            fresh=self._fresh,
+            originals=originals,
+            masks=self._masks,
+        )
 
     @property
     def batches(self) -> int:
@@ -87,6 +96,10 @@ class BlockRun:
         """Call the block and return what it returns."""
         args, kwargs = self.inputs(index)
         return self.module(*args, **kwargs)
+
+    def mask(self, index: int) -> Tensor | None:
+        """Return which tokens of a call are no padding, ``(rows, tokens)``; ``None``: all are."""
+        return self._masks[index] if self._masks else None
 
     def original(self, index: int) -> Any:
         """Return what the unquantized block returned, after unquantized blocks.
@@ -166,7 +179,9 @@ class Replay:
                     batch.run(self._model)
         finally:
             handle.remove()
-        return BlockRun(name, module, calls, fresh=self._fresh)
+        one = self._stub and len(calls) == len(self._batches)  # a call is a batch
+        masks = [batch.mask for batch in self._batches] if one else ()
+        return BlockRun(name, module, calls, fresh=self._fresh, masks=masks)
 
     @torch.no_grad()
     def leave(self, block: BlockRun) -> Sequence[Any]:
