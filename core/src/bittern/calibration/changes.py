@@ -18,6 +18,7 @@ from bittern.nn import (
 )
 from bittern.runtime import Fingerprint
 from bittern.runtime.access import whole
+from bittern.runtime.ondisk import places_of
 
 __all__ = ["changes", "put_back", "sampled", "versions"]
 
@@ -59,12 +60,14 @@ def put_back(model: nn.Module, found: Mapping[str, Tensor], context: Calibration
     Raises:
         CalibrationError: The model has no tensor of that name.
     """
-    quantizers = dict(named_quantizers(model))
+    quantizers, elsewhere = dict(named_quantizers(model)), places_of(model)
     states: dict[str, dict[str, Tensor]] = {}
     for name, tensor in found.items():
         if name.startswith(_RANGES):
             path, _, state = name.removeprefix(_RANGES).rpartition("/")
             states.setdefault(path, {})[state] = tensor
+            continue
+        if name in elsewhere:  # it stays on the disk, in the work directory from now on
             continue
         path, _, local = name.rpartition(".")
         module = model.get_submodule(path)
@@ -76,7 +79,7 @@ def put_back(model: nn.Module, found: Mapping[str, Tensor], context: Calibration
         with context.access(module, write=True):
             context.remember(module, local)
             getattr(module, local).copy_(tensor)
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if p.device.type != "meta")
     for path, values in states.items():
         quantizers[path].load_state({name: value.to(device) for name, value in values.items()})
 
@@ -84,8 +87,10 @@ def put_back(model: nn.Module, found: Mapping[str, Tensor], context: Calibration
 def sampled(model: nn.Module) -> dict[str, str]:
     """Return a hash of every tensor's shape, dtype and up to 64 evenly spread elements."""
     found = {}
+    elsewhere = places_of(model)
     for name, tensor in _own(model).items():
-        flat = whole(tensor.detach()).reshape(-1)
+        real = elsewhere[name].load(tensor.dtype) if name in elsewhere else tensor.detach()
+        flat = whole(real).reshape(-1)
         mark = Fingerprint()
         mark.update([str(tuple(tensor.shape)), flat[:: max(1, len(flat) // 64)].clone()])
         mark.close()

@@ -13,6 +13,7 @@ from bittern.calibration.replay import BlockRun
 from bittern.nn import QuantModule, TensorQuantizer, named_quant_modules, quantizers_of
 from bittern.nn.observer import SharedInputs
 from bittern.runtime import SILENT, Progress
+from bittern.runtime.ondisk import on_disk
 from bittern.tracing import Trace
 
 __all__ = ["CalibrationContext", "Forward"]
@@ -80,6 +81,8 @@ class CalibrationContext:
             module: The module, within ``access(module, write=True)``.
             tensor: Name of its parameter.
         """
+        if on_disk(module):  # what is there stays as it is
+            return
         before: Tensor = getattr(module, tensor).detach().clone()
 
         def undo() -> None:

@@ -40,6 +40,7 @@ from bittern.runtime import (
     length_of,
     prepare,
 )
+from bittern.runtime.ondisk import places_of
 from bittern.tracing import Trace
 
 __all__ = ["run_calibration"]
@@ -126,6 +127,11 @@ def run_calibration(
     try:
         with evaluating(model), _together() if needed else nullcontext():
             parted = layerwise or work_dir is not None
+            if places_of(model) and needed and work_dir is None:
+                raise CalibrationError(
+                    "weights of this model lie on the disk, and there is no place for changed ones",
+                    hint="give a work directory (work_dir=..., --work-dir)",
+                )
             for by_parts, group in groupby(
                 zip(functions, steps, strict=True),
                 lambda item: needed and (parted or item[1][0].sequential),

@@ -25,6 +25,7 @@ from bittern.calibration.workdir import WorkDir
 from bittern.nn import named_quant_modules, quantizers_of, quantizers_off
 from bittern.records import ModelAdapter, Plan
 from bittern.runtime import Batch
+from bittern.runtime.ondisk import held, places_of, relocate
 from bittern.tracing import Trace
 
 __all__ = ["Step", "run_by_parts"]
@@ -87,30 +88,37 @@ def run_by_parts(
         quantized=Replay(model, batches, chains, ways) if two else None,
         unquantized=Replay(model, batches, chains, ways) if one else None,
     )
+    context.undo.append(partial(relocate, model, places_of(model)))
     waiting = {path for part in parts for path in part.modules}
     done = work.done() if work is not None else 0
     numbered = context.progress.track(enumerate(parts), "calibrating blocks", total=len(parts))
     for index, part in numbered:
         if work is not None and index < done:
             put_back(model, work.changes(index), context)
+            relocate(model, work.places(index))
             streams.skip(part, work.after(index) if index == done - 1 else None)
             waiting -= set(part.modules)
             continue
-        before = versions(model)
-        with _off(model, waiting - set(part.modules)):
-            streams.enter(part)
-            own = replace(
-                context,
-                only=frozenset(part.modules),
-                trace=partial(_inside, part, chains, context.trace),
-            )
-            for step in steps:
-                forward = streams.forward(step, len(batches), own, wrap)
-                step.run(plan.part(part.modules), forward, replace(own, block=streams.block(step)))
-            waiting -= set(part.modules)
-            streams.leave()
-        if work is not None:
-            streams.take(work.keep(index, changes(model, part.modules, before), streams.state()))
+        own = replace(
+            context,
+            only=frozenset(part.modules),
+            trace=partial(_inside, part, chains, context.trace),
+        )
+        with held(model.get_submodule(part.name)) if part.name else nullcontext():
+            before = versions(model)
+            with _off(model, waiting - set(part.modules)):
+                streams.enter(part)
+                for step in steps:
+                    forward = streams.forward(step, len(batches), own, wrap)
+                    step.run(
+                        plan.part(part.modules), forward, replace(own, block=streams.block(step))
+                    )
+                waiting -= set(part.modules)
+                streams.leave()
+            if work is not None:
+                found = changes(model, part.modules, before)
+                streams.take(work.keep(index, found, streams.state()))
+                relocate(model, work.places(index))
 
 
 def _inside(

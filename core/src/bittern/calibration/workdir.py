@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bittern.errors import CalibrationError
 from bittern.reading import load_tensors, read_json
+from bittern.runtime.ondisk import Place
 
 __all__ = ["WorkDir"]
 
@@ -100,6 +102,14 @@ class WorkDir:
         """Return what a part's steps changed."""
         found: dict[str, Tensor] = _load(self._part(index))["changes"]
         return found
+
+    def places(self, index: int) -> dict[str, Place]:
+        """Return where the changed tensors of a part lie."""
+        path = self._part(index)
+        with safe_open(path, framework="pt") as file:
+            tree = json.loads(bytes(file.get_tensor(_TREE).numpy()))
+        (_, changed), *_ = tree["dict"]
+        return {name: Place(path, item["tensor"]) for name, item in changed["dict"]}
 
     def after(self, index: int) -> Any:
         """Return what comes after a part; the tensors lie on the disk, mapped into memory."""

@@ -27,6 +27,7 @@ from bittern.modes import recorded
 from bittern.records import AppliedMode, CheckpointIO, Mode
 from bittern.registry import NamedTable
 from bittern.runtime.access import is_sharded
+from bittern.runtime.ondisk import places_of
 from bittern.runtime.ranks import agree, is_first
 
 __all__ = ["replaceable", "save_state"]
@@ -58,8 +59,14 @@ def save_state(
     Raises:
         PlanError: Nothing was done to the model.
         OutputError: The directory cannot be used.
-        CheckpointError: In several processes: one of them failed, and says why.
+        CheckpointError: Weights lie on the disk; or, in several processes: one of them failed, and
+            says why.
     """
+    if places_of(model) and not state_only:
+        raise CheckpointError(
+            "weights of this model lie on the disk, and a state holds all of them",
+            hint="export it; or state_only=True, beside weights that calibration did not change",
+        )
     problem: Exception | None = None
     content: _Content | None = None
     try:

@@ -58,7 +58,8 @@ def load_options(function: F) -> F:
         "--device",
         default="auto",
         show_default=True,
-        help="Device to load to; auto is a GPU when there is one.",
+        help="Device to load to; auto is a GPU when there is one, disk is for models larger than "
+        "memory.",
     )(function)
     return click.option(
         "--dtype",

@@ -31,6 +31,7 @@ EPILOG = """\b
 Examples:
   bittern quantize MODEL --recipe int8 --data text.txt --output out/
   bittern quantize MODEL -r int4 --output out/ --eval heldout.txt
+  bittern quantize MODEL -r int8 --data text.txt --device disk --work-dir work/ --output out/
   bittern quantize MODEL -r int8 -o rules.0.input=fp8 --data text.txt --output out/"""
 
 
@@ -56,6 +57,11 @@ Examples:
 )
 @seq_len_option
 @batch_option
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    help="Calibrate block by block and keep what is done here; a killed run goes on from there.",
+)
 @click.option("--eval", "eval_data", help="Measure quality before and after on all of this data.")
 @load_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of any sampling.")
@@ -78,6 +84,7 @@ def quantize(
     samples: int,
     seq_len: int | None,
     batch_size: int,
+    work_dir: Path | None,
     eval_data: str | None,
     dtype: str,
     device: str,
@@ -109,7 +116,9 @@ def quantize(
     heldout = _read(app, eval_data, network, replace(rows, samples=None))
 
     app.say(f"quantizing {len(plan.modules)} modules")
-    report = toolkit.quantize(network, plan, batches, progress=app.progress).report
+    report = toolkit.quantize(
+        network, plan, batches, work_dir=work_dir, progress=app.progress
+    ).report
     if heldout is not None:
         report = report.having(evaluation=toolkit.evaluate(network, heldout, progress=app.progress))
     app.say(f"writing {output}")

@@ -15,6 +15,7 @@ from bittern.nn.computed import sources_of, weight_of
 from bittern.nn.packed import PackedWeight
 from bittern.numerics import Quantized, quantize
 from bittern.records import Plan
+from bittern.runtime.ondisk import places_of
 
 __all__ = ["PackedModule", "check_calibrated", "check_plan", "packed_modules", "plain_tensors"]
 
@@ -141,12 +142,14 @@ def plain_tensors(model: nn.Module, plan: Plan, *, dtype: str | None) -> dict[st
     found: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     storages: set[int] = set()
-    for name, tensor in model.state_dict().items():
+    elsewhere = places_of(model)
+    for name, held in model.state_dict().items():
         path, _, local = name.rpartition(".")
-        if not isinstance(tensor, Tensor) or (id(modules.get(path)), local) in packed:
+        if not isinstance(held, Tensor) or (id(modules.get(path)), local) in packed:
             continue
         if name.startswith(sources):  # what a computed weight was computed from
             continue
+        tensor = elsewhere[name].load(held.dtype) if name in elsewhere else held
         if tensor.numel():
             key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
             if key in seen:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bittern.nn.experts import Experts
 from bittern.nn.quantizer import TensorQuantizer
+from bittern.runtime.ondisk import on_disk
 
 __all__ = [
     "QuantModule",
@@ -175,8 +176,8 @@ def _calls_super(value: Any) -> bool:
 
 
 def refilled(module: nn.Module) -> bool:
-    """Whether the weights of a module lie in shards, from which FSDP2 fills them in every pass."""
-    return SHARDED in module.__dict__
+    """Whether a module's weights come anew in every pass: from FSDP2's shards, or from the disk."""
+    return SHARDED in module.__dict__ or on_disk(module)
 
 
 def named_quant_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:

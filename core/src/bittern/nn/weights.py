@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bittern.nn.module import QuantModule, named_quant_modules, refilled
 from bittern.nn.packed import PackedWeight
 from bittern.nn.quantizer import TensorQuantizer
+from bittern.runtime.ondisk import on_disk
 
 __all__ = ["Reader", "SharedWeight", "quantized_weights", "readers_of"]
 
@@ -123,6 +124,8 @@ def _reason(weight: SharedWeight, other: str | None) -> str:
         return "it is packed already"
     if any(quantizer.folded for quantizer in weight.quantizers):
         return "it is folded already"
+    if any(on_disk(reader.module) for reader in weight.readers):
+        return "it lies on the disk"
     if parameter.device.type == "meta":
         return "it is on the meta device, offloaded or never loaded"
     if any(refilled(reader.module) for reader in weight.readers):

@@ -15,7 +15,8 @@ class LoadConfig:
 
     Attributes:
         dtype: ``"auto"`` (float32 on a CPU, the checkpoint's own elsewhere) or a torch dtype name.
-        device: Device to load to, ``"auto"`` for a GPU when there is one.
+        device: Device to load to, ``"auto"`` for a GPU when there is one; ``"disk"`` for models
+            larger than memory: the weights of a block are in memory while it runs.
     """
 
     dtype: str = "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from bittern.errors import ModelError
+from bittern.runtime.ondisk import held_alone, is_held
 
 __all__ = ["is_sharded", "resident", "shard_like", "whole"]
 
@@ -22,9 +23,9 @@ COMPUTED = "parametrizations"  # children that hold what a weight is computed fr
 def resident(module: nn.Module, *, write: bool, path: str = "") -> Iterator[None]:
     """Give a module its own weights as whole tensors, and take them back into shards.
 
-    Weights that are whole stay what they are. Of one in shards (a DTensor, as FSDP2 leaves it
-    outside of the forward pass), every rank gets a whole copy within the block, so all ranks have
-    to come here, in one order.
+    Weights that are whole stay what they are; those on the disk are in memory meanwhile. Of one in
+    shards (a DTensor, as FSDP2 leaves it outside of the forward pass), every rank gets a whole copy
+    within the block, so all ranks have to come here, in one order.
 
     Args:
         module: The module; what parametrizations compute its weights from belongs to it.
@@ -32,8 +33,25 @@ def resident(module: nn.Module, *, write: bool, path: str = "") -> Iterator[None
         path: Its path, for errors.
 
     Raises:
-        ModelError: Weights are on the meta device: offloaded, or never loaded.
+        ModelError: Weights are on the meta device: offloaded, or never loaded; or what would be
+            written into weights on the disk would be kept by nobody.
     """
+    if write and not is_held(module):
+        raise ModelError(
+            "weights that lie on the disk can be changed only block by block",
+            where=path or None,
+            hint="give a work directory, in which changed weights are kept",
+        )
+    with ExitStack() as stack:
+        for one in (module, *_computing(module)):
+            stack.enter_context(held_alone(one))
+        stack.enter_context(_unsharded(module, write=write, path=path))
+        yield
+
+
+@contextmanager
+def _unsharded(module: nn.Module, *, write: bool, path: str) -> Iterator[None]:
+    """Give a module its own weights as whole tensors, and take them back into shards."""
     if dist.is_available() and dist.is_initialized():
         module.state_dict()  # after a forward pass, this is what puts FSDP2's weights into shards
     holders = [module, *_computing(module)]

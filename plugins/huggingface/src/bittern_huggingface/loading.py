@@ -63,7 +63,7 @@ def load_model(source: str, config: LoadConfig, toolkit: Toolkit) -> nn.Module |
     elif not _HUB_NAME.fullmatch(source) or source.startswith("."):
         return None
     settings = _read_config(source)
-    device = config.device
+    device = "cpu" if config.device == "disk" else config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Any = config.dtype
@@ -73,11 +73,16 @@ def load_model(source: str, config: LoadConfig, toolkit: Toolkit) -> nn.Module |
         raise ModelError(f"{dtype!r} is not a dtype", hint="use auto, float32, bfloat16 or float16")
     else:
         dtype = getattr(torch, dtype)
-    model = _make(settings, source, dtype)
+    if config.device == "disk":
+        from bittern_huggingface.ondisk import make_on_disk
+
+        model = make_on_disk(_class_for(settings), settings, path, dtype=dtype)
+    else:
+        model = _make(settings, source, dtype)
     checkpoint_dtype = settings.dtype
     name = None if checkpoint_dtype is None else str(checkpoint_dtype).removeprefix("torch.")
     setattr(model, _SOURCE, Source(source, name))
-    model = model.to(device).eval()
+    model = model.to(device).eval() if config.device != "disk" else model.eval()
     _quantize_as_saved(model, path, toolkit)
     return model  # type: ignore[no-any-return]
 
