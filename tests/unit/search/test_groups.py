@@ -17,10 +17,12 @@ from bittern.toolkit import Toolkit
 INT8 = {"rules": [{"match": {"class": ["Linear", "Embedding"]}, "weight": "int8"}], "strict": False}
 
 
-def groups_of(toolkit: Toolkit, model: nn.Module, data: Any) -> tuple[list[str], tuple[str, ...]]:
+def groups_of(
+    toolkit: Toolkit, model: nn.Module, data: Any, **options: Any
+) -> tuple[list[str], tuple[str, ...]]:
     every = plan_candidates(model, {"int8": INT8}, toolkit)
     batch = prepare(data, model, ModelAdapter(), index=0)
-    groups, notes = find_groups(model, every, every.modules, batch=batch, steps=toolkit)
+    groups, notes = find_groups(model, every, every.modules, batch=batch, steps=toolkit, **options)
     return [group.name for group in groups], notes
 
 
@@ -73,6 +75,24 @@ def test_without_a_trace_every_module_chooses_alone_and_it_is_said(toolkit: Tool
     names, notes = groups_of(toolkit, Stubborn(), torch.randn(2, 8))
     assert names == ["alpha", "beta", "gamma"]
     assert "every module chooses alone" in notes[0]
+
+
+def test_experts_choose_together_layer_by_layer_where_that_is_wanted(toolkit: Toolkit) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = x.split(2)
+            return torch.cat([e(part) for e, part in zip(self.experts, parts, strict=True)])
+
+    model = nn.Sequential(nn.Sequential(Layer(), Layer()), nn.Linear(8, 8))
+    data = torch.randn(6, 8)
+    alone, _ = groups_of(toolkit, model, data)
+    together, _ = groups_of(toolkit, model, data, patterns=["*.experts.*"])
+    assert len(alone) == 7
+    assert together == ["0.0.experts.{0,1,2}", "0.1.experts.{0,1,2}", "1"]
 
 
 @pytest.mark.parametrize(

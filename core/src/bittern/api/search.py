@@ -32,6 +32,7 @@ def auto_quantize(
     loss: LossFunction | None = None,
     exclude: Sequence[str] = (),
     keep: Sequence[str] = (),
+    together: Sequence[str] = (),
     algorithm: Any = None,
     score_batches: int | None = None,
     scores: str | Path | None = None,
@@ -69,6 +70,8 @@ def auto_quantize(
             labels where it has some, else against classes (tokens) that the model itself predicts.
         exclude: Globs of modules that stay as they are and do not count as weights.
         keep: Globs of modules that stay as they are and count.
+        together: Globs of modules that get one choice per block, beside what the trace finds: an
+            engine that runs all experts of a layer at once wants ``["*.experts.*"]``.
         algorithm: Calibration steps, as in a recipe; by default the candidates' own.
         score_batches: On how many batches sensitivity is measured, the first ones; all by default.
         scores: A file that keeps what was measured. A search that was killed goes on from there;
@@ -102,6 +105,7 @@ def auto_quantize(
         loss=loss,
         exclude=exclude,
         keep=keep,
+        together=together,
         algorithm=algorithm,
         score_batches=score_batches,
         scores=scores,

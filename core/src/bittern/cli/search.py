@@ -61,6 +61,9 @@ Examples:
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Modules left alone, not counted.")
 @click.option("--keep", multiple=True, metavar="GLOB", help="Modules left alone, but counted.")
 @click.option(
+    "--together", multiple=True, metavar="GLOB", help="Modules that get one choice in each block."
+)
+@click.option(
     "--algorithm",
     multiple=True,
     metavar="A,B",
@@ -108,6 +111,7 @@ def search(
     method: str,
     exclude: tuple[str, ...],
     keep: tuple[str, ...],
+    together: tuple[str, ...],
     algorithm: tuple[str, ...],
     out: Path | None,
     plot: Path | None,
@@ -151,6 +155,7 @@ def search(
         method=method,
         exclude=exclude,
         keep=keep,
+        together=together,
         algorithm=_split(algorithm) or None,
         score_batches=None if score_samples is None else -(-score_samples // batch_size),
         scores=scores,

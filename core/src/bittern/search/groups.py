@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from bittern.calibration.blocks import block_of, find_chains
 from bittern.errors import PluginError
-from bittern.records import PlanEntry
+from bittern.records import ModelAdapter, PlanEntry
 from bittern.runtime import Batch
-from bittern.search.candidates import Candidates
+from bittern.search.candidates import Candidates, matching
 from bittern.search.context import SearchSteps
 
 __all__ = ["DecisionGroup", "find_groups", "group_modules"]
@@ -49,6 +50,7 @@ def find_groups(
     *,
     batch: Batch,
     steps: SearchSteps,
+    patterns: Sequence[str] = (),
 ) -> tuple[tuple[DecisionGroup, ...], tuple[str, ...]]:
     """Find which modules have to choose together.
 
@@ -61,6 +63,7 @@ def find_groups(
         modules: The modules there is a choice for.
         batch: What the model is traced on.
         steps: The steps.
+        patterns: Globs: what one of them means within one block chooses together as well.
 
     Returns:
         The groups in the model's order, and what people should know.
@@ -75,7 +78,9 @@ def find_groups(
     except Exception as error:  # every module can choose alone
         log.warning("the model was not traced: %s: %s", type(error).__name__, error)
         notes = (f"the model was not traced, so every module chooses alone: {error}",)
-    return group_modules(modules, [*together, *_tied(model, candidates)]), notes
+    together += _tied(model, candidates)
+    together += _alike(model, modules, patterns, steps.adapter(model))
+    return group_modules(modules, together), notes
 
 
 def group_modules(
@@ -103,6 +108,22 @@ def group_modules(
     for path in modules:
         groups.setdefault(find(path), []).append(path)
     return tuple(DecisionGroup(tuple(members)) for members in groups.values())
+
+
+def _alike(
+    model: nn.Module, modules: Sequence[str], patterns: Sequence[str], adapter: ModelAdapter
+) -> list[tuple[str, ...]]:
+    """Return what the user wants to choose together, block by block."""
+    chains = find_chains(model, adapter)
+    found: list[tuple[str, ...]] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        mine = matching([pattern], modules)
+        blocks: dict[str | None, list[str]] = {}
+        for path in modules:
+            if path in mine:
+                blocks.setdefault(block_of(path, chains), []).append(path)
+        found += map(tuple, blocks.values())
+    return found
 
 
 def _tied(model: nn.Module, candidates: Candidates) -> list[tuple[str, ...]]:

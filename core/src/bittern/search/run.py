@@ -46,6 +46,7 @@ def run_search(
     loss: LossFunction | None = None,
     exclude: Sequence[str] = (),
     keep: Sequence[str] = (),
+    together: Sequence[str] = (),
     algorithm: Any = None,
     score_batches: int | None = None,
     scores: str | Path | None = None,
@@ -72,7 +73,7 @@ def run_search(
     if not modules:
         raise PlanError("there is no module left to choose for", hint="exclude fewer modules")
     kept = matching(keep, modules)
-    groups, notes = find_groups(model, every, modules, batch=first, steps=steps)
+    groups, notes = find_groups(model, every, modules, batch=first, steps=steps, patterns=together)
     ledger = Ledger(model, every, modules, dtype=adapter.dtype, latency=latency)
     # What surely cannot be is refused before hours of measurements.
     unscored = [_costs(group, every, ledger, kept) for group in groups]
