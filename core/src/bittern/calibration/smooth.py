@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
+from bittern.calibration.moves import move, rows_of, tensor_of
 from bittern.calibration.observe import observe_max
 from bittern.errors import CalibrationError
 from bittern.nn import QuantModule, TensorQuantizer
 from bittern.nn.extremes import Extremes
-from bittern.records import Fold, Member, PerChannel, Plan
+from bittern.records import Fold, PerChannel, Plan
 
 __all__ = ["run_smooth"]
 
@@ -101,40 +102,11 @@ def _smooth(
     weights = torch.zeros_like(inputs)
     for member in fold.divided:
         with context.access(model.get_submodule(member.module), write=False):
-            rows = _rows(_tensor(model, member), member).abs().float().amax(1)
+            rows = rows_of(tensor_of(model, member), member).abs().float().amax(1)
             weights = torch.maximum(weights, rows.amax(1).to(weights.device))
     exponent = alpha * inputs.log2() - (1 - alpha) * weights.log2()
     usable = (inputs > 0) & (weights > 0)
     exponent = torch.where(usable, exponent, 0).round().clamp(-_LIMIT, _LIMIT)
-    _move(model, fold, exponent, context)
-    context.undo.append(partial(_move, model, fold, -exponent, context))  # exact: powers of two
-
-
-def _move(model: nn.Module, fold: Fold, exponent: Tensor, context: CalibrationContext) -> None:
-    """Divide the producer by two to the ``exponent``, and multiply the consumers by it."""
-    for members, sign in ((fold.scaled, -1), (fold.divided, 1)):
-        for member in members:
-            with context.access(model.get_submodule(member.module), write=True):
-                _scale(_tensor(model, member), member, sign * exponent)
-
-
-def _tensor(model: nn.Module, member: Member) -> Tensor:
-    found: Tensor = getattr(model.get_submodule(member.module), member.tensor)
-    return found
-
-
-def _rows(tensor: Tensor, member: Member) -> Tensor:
-    """Return the member's rows as ``(coordinates, rows, everything else)``."""
-    index = member.index.to(tensor.device)
-    rows = tensor.detach().movedim(member.dim, 0)[index.flatten()]
-    return rows.reshape(*index.shape, -1).transpose(1, 2)
-
-
-@torch.no_grad()
-def _scale(tensor: Tensor, member: Member, exponent: Tensor) -> None:
-    """Multiply the member's rows by two to the ``exponent``, in place."""
-    index = member.index.to(tensor.device)
-    shift = torch.zeros(tensor.shape[member.dim], device=tensor.device)
-    shift[index] = exponent.to(tensor.device)[:, None].expand(index.shape)
-    shape = [-1 if d == member.dim else 1 for d in range(tensor.dim())]
-    tensor.mul_(torch.exp2(shift).reshape(shape).to(tensor.dtype))
+    move(model, fold, torch.exp2(exponent), context)
+    back = torch.exp2(-exponent)
+    context.undo.append(partial(move, model, fold, back, context))  # exact: powers of two
