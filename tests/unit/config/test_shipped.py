@@ -17,7 +17,7 @@ EXPECTED = {
     "int4": {"weight": "int4/group[128]"},
     "int8": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-cnn": {"weight": "int8/channel", "input": "int8/tensor"},
-    "int8-smoothquant": {"weight": "int8/channel", "input": "int8/tensor"},
+    "int8-smoothquant": {"weight": "int8/channel", "input": "int8/token/dynamic"},
     "int8-weight-only": {"weight": "int8/channel"},
     "mxfp4": {"weight": "mxfp4/group[32]", "input": "mxfp4/group[32]/dynamic"},
     "mxfp6": {"weight": "mxfp6/group[32]", "input": "mxfp6/group[32]/dynamic"},
@@ -40,7 +40,7 @@ def test_a_shipped_recipe_is_valid_and_describes_itself(name: str, toolkit: Tool
 
     assert recipe.name == name
     assert recipe.description == toolkit.registry.recipes.get(name).description
-    assert recipe.algorithm[-1].name == "max"
+    assert recipe.algorithm[-1].name not in {"smooth", "equalize", "fold-batchnorm"}  # sets ranges
     assert "head" in recipe.skip[0].role
 
 
