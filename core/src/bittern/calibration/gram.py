@@ -1,0 +1,256 @@
+"""Second-order statistics: the Gram matrices of what weights are multiplied with.
+
+For a weight ``W`` that multiplies the inputs ``x_1 .. x_n``, ``H = sum x x^T`` says what every
+change of it costs: the outputs move by ``tr(dW H dW^T)`` in sum of squares, for any ``dW``. One
+data pass is enough for all algorithms that weigh errors so, whatever they try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bittern.calibration.context import CalibrationContext, Forward
+from bittern.calibration.products import MatrixLayout, Product, watch_products
+from bittern.calibration.reduce import agree, reduce_sum
+from bittern.errors import CalibrationError
+from bittern.nn import QuantModule, TensorQuantizer
+from bittern.records import Plan
+
+__all__ = ["Gram", "observe_grams", "planned_weights"]
+
+_RECENT = 2  # tensors that may be multiplied again: q, k and v run close together
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """What a weight was multiplied with, summed up.
+
+    Weights that read one tensor share one matrix, the very same object.
+
+    Attributes:
+        matrix: ``sum x x^T``, float32, ``(parts, inputs, inputs)``.
+        tokens: How many ``x`` there were, int64, ``(parts,)``.
+        layout: Which elements of the weight each of the inputs multiplies.
+    """
+
+    matrix: Tensor
+    tokens: Tensor
+    layout: MatrixLayout
+
+
+def planned_weights(
+    model: nn.Module, plan: Plan, modules: Collection[str] | None = None
+) -> dict[str, TensorQuantizer]:
+    """Return the weight quantizers of a plan, by their paths.
+
+    Args:
+        model: The converted model.
+        plan: The plan.
+        modules: Paths of the modules to keep; all by default.
+    """
+    found = {}
+    for entry in plan.entries:
+        if entry.kind == "weight" and (modules is None or entry.module in modules):
+            module = model.get_submodule(entry.module)
+            quantizer = module.quantizer(entry.slot) if isinstance(module, QuantModule) else None
+            if quantizer is not None:
+                found[entry.path] = quantizer
+    return found
+
+
+def observe_grams(
+    model: nn.Module,
+    plan: Plan,
+    forward: Forward,
+    context: CalibrationContext,
+    *,
+    modules: Collection[str] | None = None,
+    quantized: bool = True,
+) -> dict[str, Gram]:
+    """Run the data and return the Gram matrix of every planned weight.
+
+    The weights that are watched are not quantized in this pass.
+
+    Args:
+        model: The converted model.
+        plan: Its plan.
+        forward: Runs the data.
+        context: Services.
+        modules: Paths of the modules to watch; all of the plan by default.
+        quantized: Whether inputs are as their quantizers make them, those that are calibrated.
+
+    Returns:
+        Path of the weight's quantizer to the sums over all batches and ranks, in the order of
+        execution. A weight that no product of two matrices read is missing.
+
+    Raises:
+        CalibrationError: NaN or Inf in an input, names the quantizer; or a rank failed.
+    """
+    weights = planned_weights(model, plan, modules)
+    sums = _Sums()
+    problem: Exception | None = None
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if not quantized:
+            stack.enter_context(_activations_off(model, context))
+        stack.enter_context(watch_products(weights, sums.add))
+        forward()
+    sums.close()
+    for name, total in sums.totals.items():
+        if not bool(total.matrix.diagonal(dim1=-2, dim2=-1).sum().isfinite()):
+            problem = CalibrationError(
+                "what the weight is multiplied with holds NaN or Inf, or its squares do",
+                where=name,
+                hint="run the data through the unquantized model in a wider dtype "
+                "(--dtype float32), or find the batch and leave it out",
+            )
+            break
+    return _reduced(sums, problem)
+
+
+@contextmanager
+def _activations_off(model: nn.Module, context: CalibrationContext) -> Iterator[None]:
+    were_on = [q for _, q in context.quantizers(model) if q.tensor is None and q.enabled]
+    try:
+        for quantizer in were_on:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer in were_on:
+            quantizer.enabled = True
+
+
+@dataclass(eq=False)
+class _Total:
+    """The sum of those weights that met the same inputs so far."""
+
+    matrix: Tensor
+    tokens: Tensor
+    names: set[str]
+
+
+@dataclass(eq=False)
+class _Input:
+    """A tensor that was multiplied just now, and all that it was multiplied with."""
+
+    x: Tensor
+    how: tuple[object, ...]
+    matrix: Tensor
+    tokens: Tensor
+    names: set[str]
+
+
+class _Sums:
+    """Adds up Gram matrices; one for all weights that read the same tensors.
+
+    Attributes:
+        layouts: Name to layout, in the order of execution.
+        totals: Name to sum.
+    """
+
+    def __init__(self) -> None:
+        self.layouts: dict[str, MatrixLayout] = {}
+        self.totals: dict[str, _Total] = {}
+        self._recent: list[_Input] = []
+
+    def add(self, product: Product) -> None:
+        """Take in a product."""
+        name, layout = product.name, product.layout
+        self.layouts.setdefault(name, layout)
+        if layout.parts > 1 and (product.part is not None or product.ends is not None):
+            self._add_parts(product)
+            return
+        x, how = product.operand, (layout.parts, layout.inputs, *product.how)
+        known = next((r for r in self._recent if _same(r, x, how, name)), None)
+        if known is None:
+            rows = product.rows().float()
+            rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
+            tokens = torch.full((len(rows),), rows.shape[1], dtype=torch.int64)
+            known = _Input(x, how, rows.transpose(1, 2) @ rows, tokens, set())
+            self._recent.append(known)
+            if len(self._recent) > _RECENT:
+                self._settle(self._recent.pop(0))
+        known.names.add(name)
+
+    def close(self) -> None:
+        """Add what is left."""
+        while self._recent:
+            self._settle(self._recent.pop(0))
+
+    def _settle(self, done: _Input) -> None:
+        """Add the Gram matrix of a tensor to the sums of the weights that read it."""
+        new = {name for name in done.names if name not in self.totals}
+        if new:
+            total = _Total(done.matrix, done.tokens, new)
+            self.totals |= dict.fromkeys(new, total)
+        for known in {id(t): t for n in done.names - new for t in (self.totals[n],)}.values():
+            total = known
+            if not known.names <= done.names:  # some of them did not read this tensor
+                total = _Total(known.matrix.clone(), known.tokens, known.names & done.names)
+                known.names -= total.names
+                self.totals |= dict.fromkeys(total.names, total)
+            total.matrix += done.matrix
+            total.tokens = total.tokens + done.tokens
+
+    def _add_parts(self, product: Product) -> None:
+        """Add the rows of single experts."""
+        layout, rows = product.layout, product.rows().float()
+        total = self.totals.get(product.name)
+        if total is None:
+            shape = (layout.parts, layout.inputs, layout.inputs)
+            tokens = torch.zeros(layout.parts, dtype=torch.int64)
+            total = _Total(rows.new_zeros(shape), tokens, {product.name})
+            self.totals[product.name] = total
+        if product.part is not None:
+            ends = {product.part: (0, len(rows))}
+        else:
+            assert product.ends is not None
+            stops = product.ends.tolist()
+            ends = dict(enumerate(zip([0, *stops[:-1]], stops, strict=True)))
+        for part, (start, stop) in ends.items():
+            if stop > start:
+                own = rows[start:stop]
+                total.matrix[part].addmm_(own.t(), own)
+                total.tokens[part] += stop - start
+
+
+def _same(known: _Input, x: Tensor, how: tuple[object, ...], name: str) -> bool:
+    """Return whether a tensor was just multiplied in the same way, by another weight."""
+    if name in known.names or known.how != how:
+        return False
+    if known.x is x:
+        return True
+    alike = known.x.shape == x.shape and known.x.dtype == x.dtype and known.x.device == x.device
+    return alike and torch.equal(known.x, x)  # quantizers of q, k and v make equal copies
+
+
+def _reduced(sums: _Sums, problem: Exception | None) -> dict[str, Gram]:
+    """Return the sums over all ranks."""
+    owners = {name: min(total.names) for name, total in sums.totals.items()}
+    said = {name: (layout, owners.get(name)) for name, layout in sums.layouts.items()}
+    gathered = agree(problem, said)
+    layouts: dict[str, MatrixLayout] = {}
+    for theirs in gathered:
+        for name, (layout, _) in theirs.items():
+            layouts.setdefault(name, layout)
+    device = next((t.matrix.device for t in sums.totals.values()), torch.device("cpu"))
+    kinds: dict[tuple[str | None, ...], Gram] = {}
+    found = {}
+    for name, layout in layouts.items():
+        kind = tuple(theirs.get(name, (None, None))[1] for theirs in gathered)
+        if kind not in kinds:
+            total = sums.totals.get(name)
+            if total is None:
+                shape = (layout.parts, layout.inputs, layout.inputs)
+                matrix = torch.zeros(shape, device=device)
+                total = _Total(matrix, torch.zeros(layout.parts, dtype=torch.int64), {name})
+            both = reduce_sum({"matrix": total.matrix, "tokens": total.tokens})
+            kinds[kind] = Gram(both["matrix"], both["tokens"], layout)
+        shared = kinds[kind]
+        found[name] = Gram(shared.matrix, shared.tokens, layout)
+    return found
