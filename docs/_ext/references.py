@@ -120,7 +120,7 @@ class CommandLine(SphinxDirective):
         context = _context(root, None, "bittern")
         found: list[nodes.Node] = [_terminal(root.get_help(context))]
         for name in COMMANDS:
-            section = nodes.section(ids=[nodes.make_id(name)], names=[name])
+            section = nodes.section(ids=[nodes.make_id(name)], names=[f"bittern {name}"])
             section += nodes.title(text=name)
             section += [_terminal(text) for text in _help_texts(root, context, name)]
             self.state.document.note_implicit_target(section)
