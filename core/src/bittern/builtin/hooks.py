@@ -165,7 +165,9 @@ def register_recipes() -> list[RecipeSource]:
         "base": "nothing quantized; heads and routers are skipped",
         "int8": "W8A8: int8 weights per channel, int8 activations per tensor, static",
         "int8-cnn": "W8A8 of convolutions and linears after BatchNorm folding, static",
-        "int8-smoothquant": "W8A8 after SmoothQuant: int8 weights per channel, activations per token",
+        "int8-smoothquant": (
+            "W8A8 after SmoothQuant: int8 weights per channel, activations per token"
+        ),
         "int8-weight-only": "int8 weights per channel, activations as they are; needs no data",
         "int4": "int4 weights in groups of 128, activations as they are; needs no data",
         "fp8": "W8A8: fp8 e4m3 weights and activations per tensor, static",
