@@ -20,7 +20,7 @@ from bittern.calibration.blocks import Part, block_of, find_chains, find_parts
 from bittern.calibration.changes import changes, put_back, versions
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.reduce import agree
-from bittern.calibration.replay import BlockRun, Replay, find_ways
+from bittern.calibration.replay import BlockRun, Replay, Ways, find_ways
 from bittern.calibration.workdir import WorkDir
 from bittern.nn import named_quant_modules, quantizers_of, quantizers_off
 from bittern.records import ModelAdapter, Plan
@@ -74,13 +74,7 @@ def run_by_parts(
     """
     chains = find_chains(model, adapter)
     others = [path for path in plan.modules if block_of(path, chains) is None]
-    problem: Exception | None = None
-    try:
-        with quantizers_off(model):
-            ways = find_ways(model, batches, chains, others)
-    except Exception as error:
-        problem = error
-    agree(problem)  # before anybody waits for statistics of a rank that has none
+    ways = _agreed(model, batches, chains, others)
     parts = find_parts(plan, chains, early=ways.early)
     two, one = any(s.sequential for s in steps), any(s.original or not s.sequential for s in steps)
     streams = _Streams(
@@ -90,7 +84,7 @@ def run_by_parts(
     )
     context.undo.append(partial(relocate, model, places_of(model)))
     waiting = {path for part in parts for path in part.modules}
-    done = work.done() if work is not None else 0
+    done = min(agree(payload=work.done() if work is not None else 0))
     numbered = context.progress.track(enumerate(parts), "calibrating blocks", total=len(parts))
     for index, part in numbered:
         if work is not None and index < done:
@@ -119,6 +113,22 @@ def run_by_parts(
                 found = changes(model, part.modules, before)
                 streams.take(work.keep(index, found, streams.state()))
                 relocate(model, work.places(index))
+
+
+def _agreed(
+    model: nn.Module, batches: Sequence[Batch], chains: Sequence[Sequence[str]], others: list[str]
+) -> Ways:
+    """Return how the blocks can be run on every rank: they are to go through the same parts."""
+    problem: Exception | None = None
+    ways: Ways | None = None
+    try:
+        with quantizers_off(model):
+            ways = find_ways(model, batches, chains, others)
+    except Exception as error:
+        problem = error
+    own = None if ways is None else (ways.stub, ways.fresh, sorted(ways.early))
+    stubs, fresh, early = zip(*agree(problem, own), strict=True)
+    return Ways(stub=all(stubs), fresh=any(fresh), early=frozenset(early[0]))
 
 
 def _inside(

@@ -4,8 +4,9 @@
     part-0003.safetensors    what the fourth part's steps changed: tensors and ranges
     after-0003.safetensors   what its blocks returned, with which the next part goes on
 
-Every file is written beside and renamed, ``part`` before ``after``, and the ``after`` before it is
-removed last. So a run that is killed at any point goes on behind the last part that has both.
+Every file is written beside and renamed, ``part`` before ``after``. So a run that is killed at any
+point goes on behind the last part that has both. Of ``after`` the last two are kept: a rank may
+have been killed one part before the others.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class WorkDir:
         _save(self._part(index), {"changes": dict(changes)})
         _save(self._after(index), after)
         for old in self.path.glob("after-*.safetensors"):
-            if old != self._after(index):
+            if old.name < self._after(index - 1).name:  # another rank may be one part behind
                 old.unlink()
         return self.after(index)
 
