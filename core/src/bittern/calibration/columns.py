@@ -5,9 +5,9 @@ U^T`` with ``U`` upper triangular, and ``A = U / diag(U)``. Then
 
     tr(E H E^T) = sum_j U_jj^2 |E_j + sum_{i<j} A_ij E_i|^2,
 
-so column ``j`` is best rounded from ``W_j - sum_{i<j} A_ij E_i``, whatever comes after it. These are
-the numbers of GPTQ (Frantar et al., ICLR 2023), which takes ``A`` from the Cholesky factor of the
-inverse of ``H``; factoring ``H`` itself from its last row on needs no inverse.
+so column ``j`` is best rounded from ``W_j - sum_{i<j} A_ij E_i``, whatever comes after it. These
+are the numbers of GPTQ (Frantar et al., ICLR 2023), which takes ``A`` from the Cholesky factor of
+the inverse of ``H``; factoring ``H`` itself from its last row on needs no inverse.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def round_columns(
             outputs, every)``, before each of ``every`` columns.
         every: How many.
     """
-    parts, outputs, inputs = weight.shape
+    inputs = weight.shape[-1]
     source = weight.transpose(1, 2).contiguous()
     errors = torch.empty_like(source)
     unit = factor.unit.transpose(1, 2).contiguous()  # row j: what column j makes up for
