@@ -1,0 +1,139 @@
+"""Which rows of the data a step of learning takes, and the module's arguments for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bittern.calibration.replay import BlockRun
+from bittern.nn import quantizers_off
+
+__all__ = ["Piece", "Pieces", "floats", "in_half"]
+
+_CLOSE = 2e-2  # rows alone give what they give among others, up to kernels
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some rows of one call; all of them if ``rows`` is ``None``."""
+
+    call: int
+    rows: Tensor | None
+
+
+class Pieces:
+    """Cuts the calls of a module into pieces of a few rows.
+
+    A call is cut along the first dimension of what has as many rows as its input, if the module
+    then computes the same, which is tried once.
+
+    Args:
+        block: The module and its calls.
+        rows: Rows of a step, or the rows of one call if that has more and cannot be cut.
+        seed: Says in which order they are taken.
+    """
+
+    def __init__(self, block: BlockRun, *, rows: int, seed: int) -> None:
+        self._block = block
+        self._rows = rows
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sizes = [_size(block.inputs(index)) for index in range(block.batches)]
+        self._cut = self._can_be_cut()
+
+    def __iter__(self) -> Iterator[tuple[Piece, ...]]:
+        """Yield the pieces of a step, without end: all rows in some order, and again."""
+        while True:
+            chunks: list[tuple[int, Piece]] = []
+            for call, size in enumerate(self._sizes):
+                if not self._cut or size <= self._rows:
+                    chunks.append((size, Piece(call, None)))
+                    continue
+                order = torch.randperm(size, generator=self._generator)
+                parts = torch.split(order, self._rows)
+                chunks += [(len(part), Piece(call, part)) for part in parts]
+            count = 0
+            step: list[Piece] = []
+            for index in torch.randperm(len(chunks), generator=self._generator).tolist():
+                size, piece = chunks[index]
+                count, step = count + size, [*step, piece]
+                if count >= self._rows:
+                    yield tuple(step)
+                    count, step = 0, []
+            if step:
+                yield tuple(step)
+
+    def inputs(self, piece: Piece) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of the module for a piece."""
+        found: tuple[tuple[Any, ...], dict[str, Any]]
+        found = self.take(piece, self._block.inputs(piece.call))
+        return found
+
+    def take(self, piece: Piece, values: Any) -> Any:
+        """Return the rows of a piece of all tensors that have rows.
+
+        Args:
+            piece: The piece.
+            values: Anything that holds tensors.
+        """
+        if piece.rows is None:
+            return values
+        size, rows = self._sizes[piece.call], piece.rows
+
+        def take(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() and len(value) == size:
+                return value[rows.to(value.device)]
+            return value
+
+        return pytree.tree_map(take, values)
+
+    @torch.no_grad()
+    def _can_be_cut(self) -> bool:
+        """Return whether the module computes the same for a row as for it among others."""
+        if not self._sizes or self._sizes[0] < 2:
+            return bool(self._sizes)
+        some = Piece(0, torch.arange(1, 2))
+        with quantizers_off(self._block.module):
+            whole = floats(self.take(some, self._block.run(0)))
+            args, kwargs = self.inputs(some)
+            try:
+                alone = floats(self._block.module(*args, **kwargs))
+            except (RuntimeError, IndexError, ValueError):  # shapes that do not fit
+                return False
+        return len(alone) == len(whole) and all(map(_near, alone, whole))
+
+
+def floats(values: Any) -> list[Tensor]:
+    """Return the floating tensors of arguments or of an output."""
+    leaves = pytree.tree_leaves(values)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+
+
+def in_half(module: nn.Module, *, half: bool) -> torch.autocast:
+    """Return the context in which products of a float32 module are computed in bfloat16.
+
+    Args:
+        module: The module.
+        half: Whether they are.
+    """
+    parameters = list(module.parameters())
+    wide = all(p.dtype == torch.float32 for p in parameters)
+    device = parameters[0].device.type if parameters else "cpu"
+    return torch.autocast(device, torch.bfloat16, enabled=half and wide)
+
+
+def _size(inputs: Any) -> int:
+    """Return the first extent of the first floating tensor, or of the first tensor."""
+    every = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    first = next((x for x in every if x.is_floating_point()), every[0] if every else None)
+    return 0 if first is None else len(first)
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    return bool((a.float() - b.float()).norm() <= _CLOSE * b.float().norm())
