@@ -15,6 +15,7 @@ EXPECTED = {
     "fp8-dynamic": {"weight": "fp8/channel", "input": "fp8/token/dynamic"},
     "fp8-block": {"weight": "fp8/block[128x128]", "input": "fp8/group[128]/dynamic"},
     "int4": {"weight": "int4/group[128]"},
+    "int4-hqq": {"weight": "int4-asym/group[64]"},
     "int8": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-cnn": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-smoothquant": {"weight": "int8/channel", "input": "int8/token/dynamic"},

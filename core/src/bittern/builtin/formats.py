@@ -77,7 +77,7 @@ def _nvfp4(name: str, words: str, **params: bool) -> NumberFormat:
 
 FORMATS = (
     *(_integer(bits) for bits in range(2, 9)),
-    *(_integer(bits, suffix="-asym", asymmetric=True) for bits in (4, 8)),
+    *(_integer(bits, suffix="-asym", asymmetric=True) for bits in (2, 3, 4, 8)),
     *(_integer(bits, unsigned=True) for bits in (4, 8)),
     _float8("fp8", "float8_e4m3fn", "e4m3 (largest value 448)"),
     _float8("fp8-e5m2", "float8_e5m2", "e5m2 (largest value 57344)"),

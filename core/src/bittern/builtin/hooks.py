@@ -135,6 +135,17 @@ def register_algorithms() -> list[Algorithm]:
             description="SmoothQuant: moves outlier channels of activations into weights",
         ),
         Algorithm(
+            name="equalize",
+            run="bittern.calibration.equalize:run_equalize",
+            description="weights: scales move between layers until columns weigh alike; no data",
+        ),
+        Algorithm(
+            name="hqq",
+            run="bittern.calibration.hqq:run_hqq",
+            needs=frozenset({"data"}),
+            description="weights: scales and zero points with the least rounding error; no data",
+        ),
+        Algorithm(
             name="fold-batchnorm",
             run="bittern.calibration.batchnorm:run_fold_batchnorm",
             restore="bittern.calibration.batchnorm:freeze_folded",
@@ -170,6 +181,10 @@ def register_recipes() -> list[RecipeSource]:
         ),
         "int8-weight-only": "int8 weights per channel, activations as they are; needs no data",
         "int4": "int4 weights in groups of 128, activations as they are; needs no data",
+        "int4-hqq": (
+            "int4 weights with zero points in groups of 64, found without data; activations as "
+            "they are"
+        ),
         "fp8": "W8A8: fp8 e4m3 weights and activations per tensor, static",
         "fp8-dynamic": "fp8 e4m3 weights per channel, activations per token; needs no data",
         "fp8-block": (
