@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bittern.errors import CalibrationError
-from bittern.numerics import Range, fake_quantize, scales_for
+from bittern.numerics import Range, codec_of, fake_quantize, scales_for
 from bittern.numerics.layout import as_blocks, as_scale, block_dims
 from bittern.records import QuantizerSpec
 
-__all__ = ["Error", "best_range", "cost", "multipliers", "squared"]
+__all__ = ["Error", "best_multiple", "best_range", "cost", "multipliers", "squared"]
 
 # What rounding costs, per element: of the rounded and the original tensor, both float32.
 Error = Callable[[Tensor, Tensor], Tensor]
@@ -58,7 +58,6 @@ def multipliers(spec: QuantizerSpec, *, octaves: int) -> list[float]:
     return [2 ** (step / _PER_OCTAVE) for step in (*below, *above)]
 
 
-@torch.no_grad()
 def best_range(
     x: Tensor,
     values: Range,
@@ -69,6 +68,31 @@ def best_range(
 ) -> Range:
     """Return the multiple of a range at which rounding ``x`` costs the least, scale by scale.
 
+    Args:
+        x: Floating tensor, finite.
+        values: Its range, from `bittern.numerics.measure`.
+        spec: Format and granularity.
+        candidates: Multiples of the range.
+        error: What rounding costs, as for `best_multiple`.
+
+    Raises:
+        CalibrationError: As for `best_multiple`.
+    """
+    chosen = best_multiple(x, values, spec, candidates=candidates, error=error)
+    return _times(values, chosen)
+
+
+@torch.no_grad()
+def best_multiple(
+    x: Tensor,
+    values: Range,
+    spec: QuantizerSpec,
+    *,
+    candidates: Sequence[float],
+    error: Error = squared,
+) -> Tensor:
+    """Return what to multiply a range with, so that rounding ``x`` costs the least.
+
     Every candidate is tried with the format's own `fake_quantize`. Where several are equally good
     the first is taken, so begin with 1. A range of 0 stays 0.
 
@@ -78,7 +102,11 @@ def best_range(
         spec: Format and granularity.
         candidates: Multiples of the range.
         error: What rounding costs per element. It gets both tensors in float32, divided by a power
-            of two that brings them near 1, so that no square underflows or overflows.
+            of two that brings them near 1, so that no square underflows or overflows. Only its
+            sums over the elements that share a scale matter.
+
+    Returns:
+        One multiple per scale, in the shape of ``values.amax``.
 
     Raises:
         CalibrationError: ``error`` returns another shape than that of its arguments.
@@ -87,10 +115,11 @@ def best_range(
     x = x.detach().float() / unit
     values = _in_units(values, unit)
     dims = block_dims(spec.granularity, x.dim())
+    fitted = codec_of(spec.format).fitted
     least = torch.full_like(values.amax, torch.inf)
     chosen = torch.ones_like(values.amax)
     for candidate in candidates:
-        scales = scales_for(_times(values, candidate), spec)
+        scales = scales_for(_times(values, candidate), spec, x if fitted else None)
         costs = cost(error, fake_quantize(x, spec, scales), x)
         blocks = as_blocks(costs, spec.granularity)
         total = blocks.sum(dims, keepdim=True) if dims else blocks
@@ -98,7 +127,7 @@ def best_range(
         better = total < least
         least = torch.where(better, total, least)
         chosen = torch.where(better, candidate, chosen)
-    return _in_units(_times(values, chosen), 1 / unit)
+    return chosen
 
 
 def _times(values: Range, factor: Tensor | float) -> Range:
