@@ -65,6 +65,20 @@ def test_what_holds_one_parameter_chooses_together(
     assert names[0] == "{embed,head}"
 
 
+def test_what_is_within_another_chooses_with_it(toolkit: Toolkit) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    kinds = {"match": {"class": ["Linear", "MultiheadAttention"]}, "weight": "int8"}
+    result = toolkit.auto_quantize(
+        layer, {"int8": {"rules": [kinds]}}, [torch.randn(2, 5, 16)], bits=16, points=2
+    )
+    assert [d.name for d in result.decisions] == [
+        "{self_attn,self_attn.out_proj}",
+        "linear1",
+        "linear2",
+    ]
+    assert not result.unreached
+
+
 def test_without_a_trace_every_module_chooses_alone_and_it_is_said(toolkit: Toolkit) -> None:
     class Stubborn(GatedMlp):
         def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bittern as bt
+from bittern.errors import DataError
 from bittern.records import ModelAdapter
 from bittern.runtime import prepare
 from bittern.search.groups import DecisionGroup
@@ -100,7 +101,7 @@ def test_the_gradient_score_is_half_of_the_squared_first_order_change(
         difference = model.get_submodule(name)(given.detach()) - own
         wanted = (gradient * difference).sum(-1).square().sum() / 2
         score, count = found[name]
-        assert score == pytest.approx(float(wanted), rel=1e-4)
+        assert score == pytest.approx(float(wanted.detach()), rel=1e-4)
         assert count == 5
 
 
@@ -124,7 +125,7 @@ def test_a_loss_of_ones_own_is_used(toolkit: Toolkit, make_mlp: Any, batches: li
 
     hidden = torch.relu(plain.norm(plain.up(x)))
     change = (model.down(hidden) - plain.down(hidden)).sum(-1)
-    assert found["down"][0] == pytest.approx(float(change.square().sum() / 2), rel=1e-4)
+    assert found["down"][0] == pytest.approx(float(change.detach().square().sum() / 2), rel=1e-4)
 
 
 def test_without_labels_the_gradients_agree_with_the_divergence(
@@ -168,7 +169,7 @@ def test_of_a_convolution_the_channels_of_one_place_belong_together(toolkit: Too
     found = measure("gradient", model, [("0",)], data[0], loss=lambda output, batch: output.sum())
 
     change = (model[0](data[0]) - plain[0](data[0])).sum(1)
-    assert found["0"][0] == pytest.approx(float(change.square().sum() / 2), rel=1e-4)
+    assert found["0"][0] == pytest.approx(float(change.detach().square().sum() / 2), rel=1e-4)
 
 
 def test_what_is_drawn_is_the_same_every_time_and_follows_the_model() -> None:
@@ -176,14 +177,57 @@ def test_what_is_drawn_is_the_same_every_time_and_follows_the_model() -> None:
     rows = logits.clone().requires_grad_()
     batch = prepare(logits, nn.Identity(), ModelAdapter(), index=0)
 
-    first = loss_of(rows, batch, ModelAdapter(), index=3)
-    again = loss_of(rows, batch, ModelAdapter(), index=3)
-    other = loss_of(rows, batch, ModelAdapter(), index=4)
+    first, count = loss_of(rows, batch, ModelAdapter(), index=3)
+    again, _ = loss_of(rows, batch, ModelAdapter(), index=3)
+    other, _ = loss_of(rows, batch, ModelAdapter(), index=4)
 
+    assert count == 60000
     assert first == again
     assert first != other
     entropy = -float((logits[0].exp() * logits[0]).sum())
     assert float(first) / 60000 == pytest.approx(entropy, rel=0.02)
+
+
+def test_targets_that_are_numbers_make_it_a_regression(toolkit: Toolkit) -> None:
+    """Gradients and differences then estimate the same: half of the squared error."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).eval()
+    x = torch.randn(4096, 8)
+    model = copy.deepcopy(plain)
+    toolkit.quantize(model, "int8", [x])
+    batch = (x, torch.zeros(4096, 1))
+
+    gradient = measure("gradient", model, [("0",), ("2",)], batch)
+    kl = measure("kl", model, [("0",), ("2",)], batch)
+
+    hidden = torch.tanh(plain[0](x))
+    wanted = float((model[2](hidden) - plain[2](hidden)).detach().square().sum() / 2)
+    assert kl["2"] == (pytest.approx(wanted, rel=1e-4), 4096)
+    for name in ("0", "2"):
+        assert gradient[name][0] == pytest.approx(kl[name][0], rel=0.15)
+
+
+def test_labels_of_pixels_are_classes_along_the_channels(toolkit: Toolkit) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3)).eval()
+    x, labels = torch.randn(2, 3, 7, 6), torch.randint(0, 6, (2, 5, 4))
+    model = quantized(toolkit, plain, [x])
+
+    found = measure("gradient", model, [("0",)], (x, labels))
+
+    own = plain(x).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(own, labels, reduction="sum"), own)
+    wanted = (gradient * (model(x) - own)).sum(1).square().sum() / 2
+    assert found["0"] == (pytest.approx(float(wanted.detach()), rel=1e-4), 2 * 5 * 4)
+
+
+@pytest.mark.parametrize("method", ["gradient", "kl"])
+def test_one_number_without_targets_is_no_prediction(method: str, toolkit: Toolkit) -> None:
+    x = torch.randn(4, 8)
+    model = quantized(toolkit, nn.Sequential(nn.Linear(8, 1)), [x])
+    with pytest.raises(DataError, match="one number") as caught:
+        measure(method, model, [("0",)], x)
+    assert "loss=" in str(caught.value.hint)
 
 
 # --- divergence -----------------------------------------------------------------------------------
@@ -256,6 +300,23 @@ def test_a_module_that_does_not_run_has_no_score(
     model = quantized(toolkit, Half(), batches)
     found = measure(method, model, [("used.up",), ("idle",)], batches[0])
     assert set(found) == {"used.up"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_within_another_is_measured_with_it(method: str, toolkit: Toolkit) -> None:
+    """Unquantized, torch's attention reads the weight of its projection and never calls it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    kinds = ["Linear", "MultiheadAttention"]
+    recipe = {"rules": [{"match": {"class": kinds}, "weight": "int4", "input": "int8"}]}
+    toolkit.quantize(layer, recipe, [x])
+
+    (alone,) = measure(method, layer, [("self_attn",)], x).values()
+    (both,) = measure(method, layer, [("self_attn", "self_attn.out_proj")], x).values()
+
+    assert both[0] > alone[0] > 0
+    assert both[1] == alone[1]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -31,6 +31,15 @@ class DecisionGroup:
     members: tuple[str, ...]
 
     @property
+    def outermost(self) -> dict[str, tuple[str, ...]]:
+        """Paths of the members that are within no other, to those within them and themselves."""
+        outer = [path for path in self.members if _above(path, self.members) is None]
+        return {
+            path: tuple(p for p in self.members if p == path or _above(p, [path]) is not None)
+            for path in outer
+        }
+
+    @property
     def name(self) -> str:
         """The members in one word: ``"layers.0.{q,k,v}"``."""
         if len(self.members) == 1:
@@ -55,7 +64,8 @@ def find_groups(
     """Find which modules have to choose together.
 
     These are the modules that multiply one tensor, as the trace says (q, k and v; gate and up):
-    engines fuse them, and they have one input quantizer. And those that hold one parameter.
+    engines fuse them, and they have one input quantizer. And those that hold one parameter, and
+    those of which one is within another (torch's attention and its output projection).
 
     Args:
         model: The model.
@@ -78,7 +88,7 @@ def find_groups(
     except Exception as error:  # every module can choose alone
         log.warning("the model was not traced: %s: %s", type(error).__name__, error)
         notes = (f"the model was not traced, so every module chooses alone: {error}",)
-    together += _tied(model, candidates)
+    together += _tied(model, candidates) + _nested(modules)
     together += _alike(model, modules, patterns, steps.adapter(model))
     return group_modules(modules, together), notes
 
@@ -124,6 +134,22 @@ def _alike(
                 blocks.setdefault(block_of(path, chains), []).append(path)
         found += map(tuple, blocks.values())
     return found
+
+
+def _nested(modules: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the modules with those that they are within."""
+    pairs = [(_above(path, modules), path) for path in modules]
+    return [(outer, path) for outer, path in pairs if outer is not None]
+
+
+def _above(path: str, modules: Collection[str]) -> str | None:
+    """Return the innermost of some modules that another one is within, if there is one."""
+    known = set(modules)
+    while path:
+        path = path.rpartition(".")[0]
+        if path in known:
+            return path
+    return None
 
 
 def _tied(model: nn.Module, candidates: Candidates) -> list[tuple[str, ...]]:

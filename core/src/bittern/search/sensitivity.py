@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bittern.errors import CalibrationError, RecipeError
-from bittern.evaluation import logits_of
 from bittern.records import ModelAdapter
 from bittern.registry import nearest
 from bittern.runtime import Batch, evaluating
 from bittern.search.groups import DecisionGroup
-from bittern.search.losses import LossFunction, divergence, loss_of, places_of
+from bittern.search.losses import LossFunction, distance, loss_of
 from bittern.search.watch import only, watching
 
 __all__ = ["METHODS", "Probe", "Sums", "measure_of"]
@@ -46,8 +45,13 @@ class Probe:
 
     @property
     def owners(self) -> dict[str, str]:
-        """Path of a module to the name of its group."""
-        return {path: group.name for group in self.groups for path in group.members}
+        """Path of a module to look at to the name of its group."""
+        return {path: group.name for group in self.groups for path in group.outermost}
+
+    @property
+    def watched(self) -> dict[str, tuple[str, ...]]:
+        """Path of a module to look at to those that quantize when it is run again."""
+        return {path: inner for g in self.groups for path, inner in g.outermost.items()}
 
 
 def by_gradient(probe: Probe, batch: Batch, index: int) -> Sums:
@@ -74,18 +78,19 @@ def by_gradient(probe: Probe, batch: Batch, index: int) -> Sums:
         sums[path].append(torch.zeros((), dtype=torch.float64, device=own.device))
         return tracked
 
-    with evaluating(model), torch.enable_grad(), watching(model, owners, then):
+    with evaluating(model), torch.enable_grad(), watching(model, probe.watched, then):
         output = batch.run(model)
-        logits = logits_of(output, probe.adapter)
-        loss = probe.loss(output, batch) if probe.loss is not None else None
-        loss = loss if loss is not None else loss_of(output, batch, probe.adapter, index=index)
+        if probe.loss is not None:
+            loss, count = probe.loss(output, batch), float(batch.rows)
+        else:
+            loss, predictions = loss_of(output, batch, probe.adapter, index=index)
+            count = float(predictions)
         if not loss.requires_grad:
             raise CalibrationError(
                 "the loss does not depend on any module that could be quantized",
                 hint='let it be computed from the model\'s output; or use method="kl" or "layer"',
             )
         loss.backward()  # type: ignore[no-untyped-call]
-    count = float(places_of(logits, batch).sum())
     return _by_group(owners, {p: (_total(parts), count) for p, parts in sums.items() if parts})
 
 
@@ -96,14 +101,14 @@ def by_divergence(probe: Probe, batch: Batch, index: int) -> Sums:
     found: Sums = {}
     with evaluating(model):
         with _noticing(model, probe.owners, seen), only(model, ()):
-            truth = logits_of(batch.run(model), adapter)
-        keep = places_of(truth, batch)
+            truth = batch.run(model)
         for group in probe.groups:
             if seen.isdisjoint(group.members):
                 continue
             with only(model, group.members):
-                logits = logits_of(batch.run(model), adapter)
-            total = torch.where(keep, divergence(truth, logits), 0.0).double().sum()
+                output = batch.run(model)
+            lost, keep = distance(truth, output, batch, adapter)
+            total = torch.where(keep, lost, 0.0).double().sum()
             found[group.name] = (float(total), float(keep.sum()))
     return found
 
@@ -117,7 +122,7 @@ def by_layer(probe: Probe, batch: Batch, index: int) -> Sums:
         parts[path].append((error, own.float().double().square().sum()))
         return own
 
-    with evaluating(probe.model), watching(probe.model, probe.owners, then):
+    with evaluating(probe.model), watching(probe.model, probe.watched, then):
         batch.run(probe.model)
     sums = {
         path: (_total([error for error, _ in seen]), _total([size for _, size in seen]))

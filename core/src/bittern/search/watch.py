@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bittern.nn import QuantModule, quantizers_off
+from bittern.nn import QuantModule, TensorQuantizer, quantizers_off
 
 __all__ = ["OnOutput", "only", "watching"]
 
@@ -37,22 +37,26 @@ def only(model: nn.Module, modules: Iterable[str]) -> Iterator[None]:
 
 
 @contextmanager
-def watching(model: nn.Module, modules: Iterable[str], then: OnOutput) -> Iterator[None]:
+def watching(
+    model: nn.Module, modules: Mapping[str, Iterable[str]], then: OnOutput
+) -> Iterator[None]:
     """Run every module that is watched a second time on the same input, quantized.
 
     The model itself runs unquantized, so each module is seen on its own.
 
     Args:
         model: A converted and calibrated model.
-        modules: Paths of the modules.
+        modules: Paths of the modules, to those that quantize when they are run again.
         then: What to do with their outputs; of a module that returns several, the first.
     """
     handles = []
+    watch = _Watch(then)
     with quantizers_off(model):
         try:
-            for path in modules:
+            for path, inner in modules.items():
                 module = model.get_submodule(path)
-                hook = _hook(path, then)
+                links = [link for name in inner for link in _links(model.get_submodule(name))]
+                hook = watch.hook(path, links)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
             yield
         finally:
@@ -60,33 +64,43 @@ def watching(model: nn.Module, modules: Iterable[str], then: OnOutput) -> Iterat
                 handle.remove()
 
 
-def _hook(path: str, then: OnOutput) -> Callable[..., Any]:
-    repeating = False
+class _Watch:
+    """Runs watched modules a second time; what they call meanwhile is not watched."""
 
-    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        nonlocal repeating
-        if repeating:  # a module that calls itself
-            return None
-        links = _links(module)
-        repeating = True
+    def __init__(self, then: OnOutput) -> None:
+        self._then = then
+        self._repeating = False
+
+    def hook(self, path: str, links: Sequence[TensorQuantizer]) -> Callable[..., Any]:
+        """Return the forward hook of a module, and of the quantizers that are its."""
+
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            if self._repeating:
+                return None
+            own, rounded = _first(output), self._rounded(module, links, args, kwargs)
+            if own is None or rounded is None:
+                return None
+            found = self._then(path, own, rounded)
+            if found is own:
+                return None
+            return (found, *output[1:]) if isinstance(output, tuple) else found
+
+        return hook
+
+    def _rounded(
+        self, module: nn.Module, links: Sequence[TensorQuantizer], args: Any, kwargs: Any
+    ) -> Tensor | None:
+        """Return what a module computes with some quantizers on."""
+        self._repeating = True
         try:
             for link in links:
                 link.enabled = True
             with torch.no_grad():
-                rounded = _first(type(module).forward(module, *args, **kwargs))
+                return _first(type(module).forward(module, *args, **kwargs))
         finally:
-            repeating = False
+            self._repeating = False
             for link in links:
                 link.enabled = False
-        own = _first(output)
-        if own is None or rounded is None:
-            return None
-        found = then(path, own, rounded)
-        if found is own:
-            return None
-        return (found, *output[1:]) if isinstance(output, tuple) else found
-
-    return hook
 
 
 def _first(output: Any) -> Tensor | None:
@@ -95,7 +109,7 @@ def _first(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def _links(module: nn.Module) -> list[Any]:
+def _links(module: nn.Module) -> list[TensorQuantizer]:
     """Return the quantizers of a module, those down a chain included."""
     if not isinstance(module, QuantModule):
         return []
