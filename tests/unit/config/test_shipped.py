@@ -16,6 +16,7 @@ EXPECTED = {
     "fp8-block": {"weight": "fp8/block[128x128]", "input": "fp8/group[128]/dynamic"},
     "int4": {"weight": "int4/group[128]"},
     "int4-hqq": {"weight": "int4-asym/group[64]"},
+    "int4-awq": {"weight": "int4/group[128]"},
     "int8": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-cnn": {"weight": "int8/channel", "input": "int8/tensor"},
     "int8-smoothquant": {"weight": "int8/channel", "input": "int8/token/dynamic"},
@@ -26,7 +27,9 @@ EXPECTED = {
     "mxint8": {"weight": "mxint8/group[32]", "input": "mxint8/group[32]/dynamic"},
     "nf4": {"weight": "nf4/group[64]"},
     "nvfp4": {"weight": "nvfp4/group[16]", "input": "nvfp4/group[16]"},
+    "nvfp4-awq": {"weight": "nvfp4/group[16]", "input": "nvfp4/group[16]"},
     "nvfp4a16": {"weight": "nvfp4/group[16]"},
+    "w4a8-awq": {"weight": "int4/group[128] > fp8/tensor", "input": "fp8/tensor"},
     "w4a8": {"weight": "int4/group[128] > fp8/tensor", "input": "fp8/tensor"},
 }
 

@@ -152,6 +152,20 @@ def register_algorithms() -> list[Algorithm]:
             needs=frozenset({"trace"}),
             description="BatchNorm: its scale goes into the weight of the layer before it",
         ),
+        Algorithm(
+            name="awq",
+            run="bittern.calibration.awq:run_awq",
+            needs=frozenset({"data", "hessian", "trace"}),
+            sequential=True,
+            description="weights: channels that matter most are scaled up, groups are clipped",
+        ),
+        Algorithm(
+            name="bias-correction",
+            run="bittern.calibration.correction:run_bias_correction",
+            needs=frozenset({"data", "hessian"}),
+            sequential=True,
+            description="biases: make up for what rounding takes from the mean of outputs",
+        ),
     ]
 
 
@@ -185,6 +199,7 @@ def register_recipes() -> list[RecipeSource]:
             "int4 weights with zero points in groups of 64, found without data; activations as "
             "they are"
         ),
+        "int4-awq": "int4 weights in groups of 128 after AWQ, activations as they are",
         "fp8": "W8A8: fp8 e4m3 weights and activations per tensor, static",
         "fp8-dynamic": "fp8 e4m3 weights per channel, activations per token; needs no data",
         "fp8-block": (
@@ -194,6 +209,12 @@ def register_recipes() -> list[RecipeSource]:
             "W4A8: int4 weights in groups of 128, held in fp8; fp8 activations per tensor, static"
         ),
         "nvfp4": ("W4A4: nvfp4 weights and activations, global scales static, blocks dynamic"),
+        "nvfp4-awq": (
+            "W4A4 after AWQ: nvfp4 weights and activations, global scales static, blocks dynamic"
+        ),
+        "w4a8-awq": (
+            "W4A8 after AWQ: int4 weights in groups of 128, held in fp8; fp8 activations per tensor"
+        ),
         "nvfp4a16": "nvfp4 weights, activations as they are; needs no data",
         "mxfp8": "W8A8: mxfp8 weights and activations, dynamic; needs no data",
         "mxfp6": "W6A6: mxfp6 (e3m2) weights and activations, dynamic; needs no data",
