@@ -300,3 +300,33 @@ def test_a_later_step_that_fails_gives_the_weights_back(toolkit: Toolkit) -> Non
         toolkit.quantize(model, recipe, tokens())
     assert not changed(model, before)
     assert not list(named_quantizers(model))
+
+
+def test_undone_it_is_plain_int8_and_redone_smoothed(
+    toolkit: Toolkit, same_bits: Callable[[Tensor, Tensor], bool]
+) -> None:
+    """Moving the scales back and forth by hand gives what the recipes give, bit for bit."""
+    plain, smoothed, data = decoder(), decoder(), tokens()
+    toolkit.quantize(plain, "int8", data)
+    toolkit.quantize(smoothed, SMOOTH, data)
+    expected, after = plain(data[0]).detach(), smoothed(data[0]).detach()
+    moved = weights(smoothed)
+
+    undone = decoder()
+    with torch.no_grad():
+        for name, parameter in undone.named_parameters():
+            ratio = moved[name] / parameter
+            exponents = ratio[parameter != 0].log2()
+            assert torch.equal(exponents, exponents.round()), name
+            parameter.copy_(moved[name])
+            parameter.copy_(torch.where(parameter != 0, parameter / ratio, parameter))
+    toolkit.quantize(undone, "int8", data)
+    assert same_bits(undone(data[0]).detach(), expected)
+
+    redone = decoder()
+    with torch.no_grad():
+        for name, parameter in redone.named_parameters():
+            parameter.copy_(moved[name])
+    toolkit.quantize(redone, "int8", data)
+    assert same_bits(redone(data[0]).detach(), after)
+    assert not torch.equal(expected, after)
