@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
+from bittern.calibration.coverage import note_grams
 from bittern.calibration.gram import Gram, observe_grams, planned_weights
 from bittern.calibration.max import run_max
 from bittern.calibration.moves import move
@@ -52,7 +53,7 @@ def run_awq(
     scale: bool = True,
     clip: bool = True,
     pre_scale: bool = True,
-    steps: int = 20,
+    steps: int = 10,
     tokens: int = 512,
 ) -> None:
     """Scale the input channels of linears and search the ranges of all weights.
@@ -82,6 +83,7 @@ def run_awq(
     weights = planned_weights(model, plan)
     with _sampled(model, weights, context, limit=tokens) as samples:
         grams = observe_grams(model, plan, forward, context, quantized=False)
+    note_grams(context, grams)
     if scale:
         searched = {n: _Weight.of(model, n, q, grams, samples) for n, q in weights.items()}
         known = {name: weight for name, weight in searched.items() if weight is not None}

@@ -37,6 +37,9 @@ class CalibrationContext:
             ``None`` for what is in no block.
         undo: What to call, the last one first, if this or a later step fails: a step that changes
             weights appends what puts them back.
+        unseen_experts: Name of a quantizer to experts that no token went through, for the report;
+            see `bittern.calibration.coverage`.
+        saturation: Name of a quantizer to the share of the data beyond its range, likewise.
     """
 
     shared: SharedInputs
@@ -46,6 +49,8 @@ class CalibrationContext:
     only: frozenset[str] | None = None
     block: BlockRun | None = None
     undo: list[Callable[[], None]] = field(default_factory=list)
+    unseen_experts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    saturation: dict[str, float] = field(default_factory=dict)
 
     def modules(self, model: nn.Module) -> Iterator[tuple[str, QuantModule]]:
         """Yield ``(path, module)`` of the modules that are calibrated now."""

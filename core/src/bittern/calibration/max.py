@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bittern.calibration.bias import calibrate_biases
 from bittern.calibration.context import CalibrationContext, Forward
+from bittern.calibration.coverage import note_experts
 from bittern.calibration.observe import observe_max
 from bittern.calibration.shared import share_global_scales, share_ranges
 from bittern.errors import CalibrationError, NumericsError
@@ -120,6 +121,8 @@ def activations_at_max(
     for name, value in observe_max(model, watched, forward, context).items():
         if value is not None:
             quantizer = quantizers[name]
+            if quantizer.per_expert:
+                note_experts(context, name, (value != 0).reshape(-1, value.shape[-1]).any(0))
             filled = fill_unseen(value) if quantizer.per_expert else value
             quantizer.set_range(quantizer.extremes.range_of(filled))
     if share:

@@ -171,6 +171,8 @@ def run_calibration(
         seconds=time.perf_counter() - start,
         uncalibrated=uncalibrated,
         data=seen.value,
+        unseen_experts=context.unseen_experts,
+        saturation=context.saturation,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bittern.calibration.bias import calibrate_biases
 from bittern.calibration.context import CalibrationContext, Forward
+from bittern.calibration.coverage import note_saturation
 from bittern.calibration.estimators import (
     check_percentile,
     entropy_amax,
@@ -158,7 +159,9 @@ def _activations(
     if counted:
         for name, found in observe_histograms(model, counted, forward, context, bins=bins).items():
             if found is not None:
-                counted[name].set_amax(estimate(found, counted[name].spec))
+                amax = estimate(found, counted[name].spec)
+                counted[name].set_amax(amax)
+                note_saturation(context, name, found, amax)
         share_ranges(model, context)
     others = {name: q for name, q in static.items() if name not in counted}
     if others:

@@ -25,12 +25,18 @@ class CalibrationSummary:
         uncalibrated: ``"path.slot"`` of static quantizers that saw no data.
         data: Fingerprint of the batches, ``""`` where a function ran the model or no data was
             needed.
+        unseen_experts: ``"path.slot"`` to the experts that no token went through. Their activations
+            have the largest range of the others, their weights were calibrated without data.
+        saturation: ``"path.slot"`` of static activations to the share of the data beyond their
+            range, where a search chose it; at max there is none.
     """
 
     batches: int = 0
     seconds: float = 0.0
     uncalibrated: tuple[str, ...] = ()
     data: str = ""
+    unseen_experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    saturation: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from rich.console import Console
@@ -13,6 +14,9 @@ from bittern.report.blocks import collapse
 from bittern.report.report import Report
 
 __all__ = ["human_bytes", "show_evaluation", "show_plan", "show_report", "show_verification"]
+
+
+SATURATED = 0.001  # of the data; less is what a search gives up for finer steps
 
 
 def human_bytes(count: float) -> str:
@@ -98,6 +102,14 @@ def show_evaluation(evaluation: Evaluation, console: Console | None = None) -> N
         console.print(worst)
 
 
+def _show_saturation(shares: Mapping[str, float], console: Console) -> None:
+    """Show where the most of the calibration data lies beyond a range, if it is a lot."""
+    worst = sorted(shares.items(), key=lambda item: -item[1])[:3]
+    for name, share in worst:
+        if share >= SATURATED:
+            console.print(f"{escape(name)}: {share:.1%} of the data lies beyond its range")
+
+
 def show_verification(verification: Verification, console: Console | None = None) -> None:
     """Show the verdict and every finding."""
     console = console if console is not None else Console()
@@ -120,6 +132,10 @@ def show_report(report: Report, console: Console | None = None) -> None:
         console.print(f"calibrated on {calibration.batches} batches, {calibration.seconds:.1f} s")
     for name in calibration.uncalibrated:
         console.print(f"[yellow]warning:[/] {escape(name)} saw no data and stays unquantized")
+    for name, experts in calibration.unseen_experts.items():
+        some = ", ".join(map(str, experts[:8])) + (" ..." if len(experts) > 8 else "")
+        console.print(f"[yellow]warning:[/] {escape(name)}: no token went through experts {some}")
+    _show_saturation(calibration.saturation, console)
     if report.evaluation is not None:
         show_evaluation(report.evaluation, console)
     if report.export is not None:
