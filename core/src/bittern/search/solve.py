@@ -7,9 +7,13 @@ the scores is minimized under upper bounds on sums of costs: a multiple-choice k
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 
@@ -107,7 +111,12 @@ class _Row:
 
 
 def _bound(table: Table, metric: str, budget: float) -> _Row:
-    """Return a bound in small numbers: above the cheapest options, in units of what they share."""
+    """Return a bound on what exceeds the cheapest options, with no coefficient above 1.
+
+    The solver's tolerance is absolute. Costs that are whole numbers are multiples of a common
+    divisor, and half of that on top of the limit lets nothing else through, and nothing be lost to
+    rounding.
+    """
     cheapest = [min(option.cost(metric) for option in options) for options in table]
     above = [
         option.cost(metric) - least
@@ -115,11 +124,12 @@ def _bound(table: Table, metric: str, budget: float) -> _Row:
         for option in options
     ]
     whole = [int(value) for value in above]
-    unit = float(reduce(math.gcd, whole, 0)) if whole == above else max(above)
-    unit = unit or 1.0
-    room = (budget - sum(cheapest)) / unit
-    limit = math.floor(room) if whole == above else room
-    return _Row(np.array(above) / unit, limit, unit)
+    room = budget - sum(cheapest)
+    if whole == above and any(whole):
+        divisor = reduce(math.gcd, whole)
+        room = (math.floor(room) // divisor + 0.5) * divisor
+    unit = max(above) or 1.0
+    return _Row(np.array(above) / unit, room / unit, unit)
 
 
 def _milp(table: Table, rows: Sequence[_Row]) -> list[int] | None:
@@ -145,13 +155,14 @@ def _milp(table: Table, rows: Sequence[_Row]) -> list[int] | None:
     one_each = csr_array((np.ones(len(scores)), (owner, columns)), (len(table), len(scores)))
     constraints = [LinearConstraint(one_each, 1, 1)]
     constraints += [LinearConstraint(row.coefficients[None], -np.inf, row.limit) for row in rows]
-    found = milp(
-        scores * scale,
-        integrality=np.ones(len(scores)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 1e-9},
-    )
+    with _quiet():
+        found = milp(
+            scores * scale,
+            integrality=np.ones(len(scores)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 1e-9},
+        )
     if found.status == 2:
         return None
     if found.x is None:
@@ -160,3 +171,26 @@ def _milp(table: Table, rows: Sequence[_Row]) -> list[int] | None:
         )
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     return [int(np.argmax(found.x[s : s + n])) for s, n in zip(starts, sizes, strict=True)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep standard output clean: some versions of HiGHS leave a line of debugging there.
+
+    It writes past Python, to the file descriptor, whatever it is told about messages; and what
+    ``--json`` prints has to be one object.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # a process without standard output
+        yield
+        return
+    try:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
