@@ -16,12 +16,15 @@ from bittern.calibration.bias import calibrate_biases
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.coverage import note_experts
 from bittern.calibration.observe import observe_max
-from bittern.calibration.shared import share_global_scales, share_ranges
+from bittern.calibration.shared import raise_global_scales, share_global_scales, share_ranges
 from bittern.errors import CalibrationError, NumericsError
 from bittern.nn import TensorQuantizer
 from bittern.records import Plan
 
 __all__ = ["activations_at_max", "fill_unseen", "run_max", "static_activations"]
+
+
+MOST_HEADROOM = 16  # more would leave block scales of 8 bits too few steps
 
 
 def run_max(
@@ -31,6 +34,7 @@ def run_max(
     context: CalibrationContext,
     *,
     share: bool = True,
+    headroom: float = 1.0,
 ) -> None:
     """Set the amax of every static quantizer.
 
@@ -41,15 +45,25 @@ def run_max(
         context: Services.
         share: Whether the modules that read one tensor get one input range, and one global scale
             of their weights (nvfp4).
+        headroom: What the largest magnitude is multiplied with where a global scale follows from it
+            (nvfp4): with more than 1, activations may grow beyond the data, and the blocks of a
+            weight that hold its largest numbers can be given a larger scale.
 
     Raises:
         CalibrationError: NaN or Inf in a weight or an activation; names the module and the batch.
+            Or ``headroom`` is out of range.
     """
+    if not 1 <= headroom <= MOST_HEADROOM:
+        raise CalibrationError(
+            f"headroom is {headroom}", hint=f"choose it between 1 and {MOST_HEADROOM}"
+        )
     _weights(model, context)
     if share:
         share_global_scales(model, context)
     if forward is not None and plan.needs_data:
         activations_at_max(model, static_activations(model, context), forward, context, share=share)
+    if headroom != 1:
+        raise_global_scales(model, context, headroom)
 
 
 def _weights(model: nn.Module, context: CalibrationContext) -> None:

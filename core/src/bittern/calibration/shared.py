@@ -9,7 +9,7 @@ from bittern.calibration.context import CalibrationContext
 from bittern.nn import TensorQuantizer
 from bittern.numerics import Range
 
-__all__ = ["share_global_scales", "share_ranges"]
+__all__ = ["raise_global_scales", "share_global_scales", "share_ranges"]
 
 
 def share_ranges(model: nn.Module, context: CalibrationContext) -> None:
@@ -53,6 +53,27 @@ def share_global_scales(model: nn.Module, context: CalibrationContext) -> None:
             with context.access(module, write=False):
                 weight = getattr(module, quantizer.tensor or "")
                 quantizer.calibrate_on(weight, global_amax=largest.to(own.amax.device))
+
+
+def raise_global_scales(model: nn.Module, context: CalibrationContext, factor: float) -> None:
+    """Multiply all global scales; block scales follow.
+
+    Args:
+        model: The converted, calibrated model.
+        context: Services.
+        factor: Positive.
+    """
+    for _, module in context.modules(model):
+        for quantizer in module.slots().values():
+            whole = quantizer.global_amax
+            if whole is None or quantizer.spec.constant_amax is not None:
+                continue
+            if quantizer.tensor is None:
+                quantizer.set_range(Range(whole * factor))
+            else:
+                with context.access(module, write=False):
+                    weight = getattr(module, quantizer.tensor)
+                    quantizer.calibrate_on(weight, global_amax=whole * factor)
 
 
 def _two_level(quantizer: TensorQuantizer) -> bool:

@@ -189,7 +189,7 @@ def _weights(model: nn.Module, context: CalibrationContext, error: Error) -> Non
                 assert largest is not None
                 candidates = multipliers(spec, octaves=_OCTAVES)
                 found = best_range(weight, largest, spec, candidates=candidates, error=error)
-                quantizer.set_range(found)
+                quantizer.set_range(found, weight)
 
 
 def _searchable(quantizer: TensorQuantizer) -> bool:
@@ -197,7 +197,7 @@ def _searchable(quantizer: TensorQuantizer) -> bool:
     spec = quantizer.spec
     plain = quantizer.transforms is None and spec.then is None
     given = spec.dynamic or spec.constant_amax is not None
-    return plain and not given and not codec_of(spec.format).fitted
+    return plain and not given
 
 
 def _error(error: str | Error | None) -> Error:
