@@ -314,3 +314,35 @@ def test_weights_of_zeros_stay_zeros(toolkit: Toolkit) -> None:
     assert found[1] == 0 < found[0]
     x = torch.ones(1, 8)
     assert model(x)[0, 1] == model[0].bias[1]
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4-four-over-six", "mxfp4"])
+def test_blocks_that_choose_their_scale_are_searched_too(name: str, toolkit: Toolkit) -> None:
+    def error(algorithm: Any) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64)).eval()
+        rule = {"match": {"class": "Linear"}, "weight": name}
+        toolkit.quantize(model, {"extends": "base", "rules": [rule], "algorithm": algorithm})
+        weight = model[0].weight.detach()
+        return float((model[0].weight_quantizer(weight) - weight).square().sum())
+
+    assert error("mse") <= error("max")
+    if name == "nvfp4":
+        assert error("mse") < 0.9 * error("max")
+
+
+def test_headroom_is_for_global_scales(toolkit: Toolkit) -> None:
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    rule = {"match": {"class": "Linear"}, "weight": "nvfp4", "input": "nvfp4"}
+    found = []
+    for options in ({}, {"headroom": 1.75}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32)).eval()
+        algorithm = {"max": options}
+        toolkit.quantize(model, {"extends": "base", "rules": [rule], "algorithm": algorithm}, [x])
+        found.append((model[0].weight_quantizer, model[0].input_quantizer))
+    for plain, wide in zip(*found, strict=True):
+        assert torch.equal(wide.global_amax, plain.global_amax * 1.75)
+    assert torch.equal(found[0][0].amax, found[1][0].amax)
+    with pytest.raises(CalibrationError, match="headroom is 0"):
+        toolkit.quantize(model, {"extends": "nvfp4", "algorithm": {"max": {"headroom": 0.5}}}, [x])
