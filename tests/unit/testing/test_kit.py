@@ -395,6 +395,19 @@ MISTAKES = [
         "two_processes or deterministic",
     ),
     Mistake(
+        "writes into other blocks",
+        "TestAlgorithms",
+        "rest",
+        "from bittern.calibration.max import run_max\n",
+        "def run_max(model, *arguments):\n"
+        "    from bittern.calibration.max import run_max as run\n"
+        "    run(model, *arguments)\n"
+        "    for parameter in model.parameters():\n"
+        "        parameter.detach().mul_(1)\n",
+        {"test_block_by_block_it_keeps_to_the_block"},
+        "keeps_to_the_block or deterministic",
+    ),
+    Mistake(
         "writes the time of day",
         "TestExporter",
         "rest",

@@ -29,7 +29,7 @@ from bittern.errors import CalibrationError
 from bittern.reading import load_tensors, read_json
 from bittern.runtime.ondisk import Place
 
-__all__ = ["WorkDir"]
+__all__ = ["WorkDir", "read_changes"]
 
 _ABOUT = "run.json"
 _TREE = "tree"  # what the tensors of a file hang on, as JSON
@@ -101,8 +101,7 @@ class WorkDir:
 
     def changes(self, index: int) -> dict[str, Tensor]:
         """Return what a part's steps changed."""
-        found: dict[str, Tensor] = _load(self._part(index))["changes"]
-        return found
+        return read_changes(self._part(index))
 
     def places(self, index: int) -> dict[str, Place]:
         """Return where the changed tensors of a part lie."""
@@ -135,6 +134,16 @@ class WorkDir:
             where=str(self.path),
             hint="choose another work directory, or remove this one to begin anew",
         )
+
+
+def read_changes(path: Path) -> dict[str, Tensor]:
+    """Return what a part's steps changed.
+
+    Args:
+        path: A file ``part-0003.safetensors``.
+    """
+    found: dict[str, Tensor] = _load(path)["changes"]
+    return found
 
 
 def _text(about: Any) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bittern.calibration.workdir import read_changes
 from bittern.errors import CalibrationError
 from bittern.nn import named_quantizers, quantizers_off
 from bittern.records import Algorithm
@@ -224,6 +227,26 @@ class AlgorithmConformance(Conformance):
             "with the quantizers off the model computes something else; an algorithm that rounds "
             "weights itself says so with needs={'hessian', ...}",
         )
+
+    def test_block_by_block_it_keeps_to_the_block(self, case: AlgorithmCase) -> None:
+        """Protects users of work directories and models larger than memory.
+
+        Another block's weights are on the disk by then, or have been read already.
+        """
+        model = nn.Sequential(nn.Sequential(_net(), _net(), _net()))
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            self.toolkit().quantize(model, case.recipe(), _data(), work_dir=work)
+            for index, file in enumerate(sorted(work.glob("part-*"))):
+                names = [name.removeprefix("ranges:") for name in read_changes(file)]
+                others = [name for name in names if not name.startswith(f"0.{index}.")]
+                check(
+                    not others,
+                    f"calibrating 0.{index} changed {', '.join(others)}; take the modules from "
+                    "context.modules(model) and the folds from context.trace()",
+                )
+        left = [name for name, q in named_quantizers(model) if not q.calibrated]
+        check(not left, f"no range was set for {', '.join(left)}")
 
     def test_two_processes_calibrate_like_one(self, case: AlgorithmCase) -> None:
         """Protects users of torchrun: the ranges are those of all the data, on every rank."""
