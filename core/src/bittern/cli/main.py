@@ -25,7 +25,7 @@ __all__ = ["COMMANDS", "Root", "main", "make_cli"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "quantize": ("bittern.cli.quantize:quantize", "Quantize a model, export it, verify it."),
     "plan": ("bittern.cli.plan:plan", "Show what a recipe would do to a model."),
-    "search": ("bittern.cli.search:search", "Find which part gets which recipe."),
+    "search": ("bittern.cli.search:search", "Find which part of a model gets which recipe."),
     "trace": ("bittern.cli.trace:trace", "Find which tensors of a model belong together."),
     "eval": ("bittern.cli.evaluate:evaluate", "Measure how good a model is."),
     "verify": ("bittern.cli.verify:verify", "Load a checkpoint in its client and compare."),

@@ -124,10 +124,10 @@ def search(
     device: str,
     seed: int,
 ) -> None:
-    """Find which part of a model gets which recipe, within a limit on its size.
+    """Find which part of a model gets which recipe.
 
-    MODEL is a directory or a hub name; it is not changed. What comes out is a recipe for
-    `bittern quantize`, and what other limits would give.
+    MODEL is a directory or a hub name; it is not changed. What comes out is the best mix within a
+    limit, as a recipe for `bittern quantize`, and what other limits would give.
     """
     from bittern.records import DataConfig, LoadConfig
 
