@@ -56,9 +56,9 @@ def run_bias_correction(
         for shift in shifts.values():
             stack.enter_context(shift.watched())
         forward()
-    for path, shift in _summed(shifts).items():
+    for path, mean in _summed(shifts).items():
         module = model.get_submodule(path)
-        if not bool(shift.isfinite().all()):
+        if not bool(mean.isfinite().all()):
             raise CalibrationError(
                 "the mean of the outputs is NaN or Inf",
                 where=path,
@@ -67,7 +67,7 @@ def run_bias_correction(
         with context.access(module, write=True), torch.no_grad():
             context.remember(module, "bias")
             bias: Tensor = module.bias  # type: ignore[assignment]
-            bias.copy_(bias.double() + shift.to(bias.device))
+            bias.copy_(bias.double() + mean.to(bias.device))
 
 
 def _biased(model: nn.Module, plan: Plan) -> Iterator[tuple[str, QuantModule]]:
