@@ -69,7 +69,10 @@ def test_every_name_in_all_exists_and_is_documented(name: str) -> None:
             assert inspect.getdoc(value), f"{name}.{public}"
 
 
-@pytest.mark.parametrize("name", ["calibrate", "evaluate", "export", "plan", "quantize", "verify"])
+STEPS = ["auto_quantize", "calibrate", "evaluate", "export", "plan", "quantize", "verify"]
+
+
+@pytest.mark.parametrize("name", STEPS)
 def test_every_public_function_documents_every_argument(name: str) -> None:
     function = getattr(bittern, name)
     assert set(sections(function)["Args"]) == set(inspect.signature(function).parameters)

@@ -50,8 +50,8 @@ def auto_quantize(
     within the limits is found by an integer linear program.
 
     Args:
-        model: Any PyTorch model that is not quantized yet. What it costs meanwhile is a copy of its
-            tensors; with ``method="gradient"`` also the activations of one batch.
+        model: Any PyTorch model that is not quantized yet. Memory meanwhile holds two copies of its
+            tensors more; with ``method="gradient"`` also the activations of one batch.
         candidates: Recipes that a part may get, or names to recipes. To stay as it is, ``"none"``,
             is always one more choice.
         data: Batches that can be gone through several times, or a path that a plugin reads. They
@@ -69,7 +69,7 @@ def auto_quantize(
             that returns the sum of the losses. By default cross-entropy, against the batch's class
             labels where it has some, else against classes (tokens) that the model itself predicts.
         exclude: Globs of modules that stay as they are and do not count as weights.
-        keep: Globs of modules that stay as they are and count.
+        keep: Globs of modules that stay as they are, with their groups, and count.
         together: Globs of modules that get one choice per block, beside what the trace finds: an
             engine that runs all experts of a layer at once wants ``["*.experts.*"]``.
         algorithm: Calibration steps, as in a recipe; by default the candidates' own.
