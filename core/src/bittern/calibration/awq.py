@@ -243,7 +243,10 @@ def _best_factor(group: _Group, context: CalibrationContext, *, steps: int) -> T
     factors = [torch.ones_like(inputs)]
     factors += [_factor(inputs, sizes, step / steps) for step in range(steps + 1)]
     weights, noise = torch.stack([_errors(group, factor, context) for factor in factors]).unbind(1)
-    errors = weights + reduce_sum({"noise": noise})["noise"]  # every rank has its own sample
+    # every rank has a sample of its own, or none
+    mine = torch.cat((noise, noise.new_full((1,), float(bool((noise > 0).any())))))
+    total = reduce_sum({"noise": mine})["noise"]
+    errors = weights + total[:-1] / total[-1].clamp_min(1)
     best = int(errors.argmin())
     log.debug("%s: factor %d of %d", first.name, best, len(factors))
     return factors[best]
