@@ -146,6 +146,19 @@ def register_algorithms() -> list[Algorithm]:
             description="weights: scales and zero points with the least rounding error; no data",
         ),
         Algorithm(
+            name="learn-rounding",
+            run="bittern.calibration.rounding:run_learn_rounding",
+            needs=frozenset({"data", "hessian", "original"}),
+            sequential=True,
+            description="weights: rounded so that each block computes what it did",
+        ),
+        Algorithm(
+            name="distill-rounding",
+            run="bittern.calibration.distilled:run_distill_rounding",
+            needs=frozenset({"data", "hessian"}),
+            description="weights: rounded so that the model's logits are what they were",
+        ),
+        Algorithm(
             name="fold-batchnorm",
             run="bittern.calibration.batchnorm:run_fold_batchnorm",
             restore="bittern.calibration.batchnorm:freeze_folded",
@@ -216,6 +229,16 @@ def register_recipes() -> list[RecipeSource]:
             "W4A8 after AWQ: int4 weights in groups of 128, held in fp8; fp8 activations per tensor"
         ),
         "nvfp4a16": "nvfp4 weights, activations as they are; needs no data",
+        "int4-best": (
+            "int4 weights in groups of 128, rounding learned by block; activations as they are"
+        ),
+        "nvfp4a16-best": "nvfp4 weights, rounding learned block by block; activations as they are",
+        "nvfp4-best": (
+            "W4A4: nvfp4 weights and activations, rounding of weights learned block by block"
+        ),
+        "mxfp4-best": (
+            "W4A4: mxfp4 weights and activations, rounding of weights learned block by block"
+        ),
         "mxfp8": "W8A8: mxfp8 weights and activations, dynamic; needs no data",
         "mxfp6": "W6A6: mxfp6 (e3m2) weights and activations, dynamic; needs no data",
         "mxfp4": "W4A4: mxfp4 weights and activations, dynamic; needs no data",

@@ -19,11 +19,15 @@ from torch import Tensor, nn
 from bittern.calibration.context import CalibrationContext
 from bittern.calibration.learned import LearnedWeight
 from bittern.calibration.reduce import reduce_sum
+from bittern.errors import CalibrationError
 from bittern.nn.weights import Reader, quantized_weights
 
 __all__ = ["Pace", "Rounding", "learnable"]
 
 log = logging.getLogger("bittern.calibration")
+
+_CLIP = 0.1  # ranges come from a search: they take smaller steps than offsets
+_GAIN = 0.02  # and gains still smaller ones
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,27 @@ class Pace:
     lr: float
     clip: float
     gain: float = 0.0
+
+    @classmethod
+    def of(cls, *, steps: int, lr: float, clip: bool, norms: bool) -> Pace:
+        """Return the pace that the options of an algorithm ask for.
+
+        Args:
+            steps: Number of steps.
+            lr: First step of the offsets; 0 stands for ``1 / steps``.
+            clip: Whether ranges are learned.
+            norms: Whether gains and biases are learned.
+
+        Raises:
+            CalibrationError: A number is out of range.
+        """
+        if steps < 1 or lr < 0:
+            raise CalibrationError(
+                f"rounding is learned in {steps} steps at lr {lr}",
+                hint="at least 1 step, and an lr of at least 0; 0 stands for 1 / steps",
+            )
+        first = lr or 1 / steps
+        return cls(steps, lr=first, clip=_CLIP * first * clip, gain=_GAIN * first * norms)
 
 
 def learnable(module: nn.Module, names: frozenset[str]) -> list[Reader]:

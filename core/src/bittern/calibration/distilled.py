@@ -25,7 +25,7 @@ from bittern.calibration.gram import planned_weights
 from bittern.calibration.pieces import Piece, Pieces, in_half
 from bittern.calibration.reduce import reduce_sum
 from bittern.calibration.replay import BlockRun, Call
-from bittern.calibration.rounding import GAIN, check_options, find_start
+from bittern.calibration.rounding import find_start
 from bittern.errors import CalibrationError
 from bittern.evaluation import logits_of
 from bittern.nn import quantizers_off
@@ -75,13 +75,12 @@ def run_distill_rounding(
         CalibrationError: An option is out of range, or there is no data.
         DataError: The model's output holds no logits.
     """
-    check_options(steps=steps, rows=rows, lr=lr)
+    pace = Pace.of(steps=steps, lr=lr, clip=clip, norms=norms)
     if forward is None:
         raise CalibrationError("rounding is learned from data, and there is none")
     find_start(model, plan, forward, context)
     calls = _calls(model, forward)
     names = frozenset(q.name for q in planned_weights(model, plan).values())
-    pace = lr or 1 / steps
     with ExitStack() as stack:
         for path in plan.modules:
             stack.enter_context(context.access(model.get_submodule(path), write=True))
@@ -95,7 +94,7 @@ def run_distill_rounding(
         loss = partial(_loss, calls, pieces, half=half)
         before = _error(loss, checks, rounding.weights())
         losses = (partial(loss, step) for step in taken)
-        rounding.learn(losses, Pace(steps, lr=pace, clip=pace * clip, gain=GAIN * pace * norms))
+        rounding.learn(losses, pace)
         after = _error(loss, checks, rounding.weights())
         log.info("KL %.3g, rounded to nearest %.3g", after, before)
         if not after < before:
@@ -126,9 +125,10 @@ def _mask(call: Call) -> Tensor | None:
 def _loss(
     calls: BlockRun,
     pieces: Pieces,
-    half: bool,
     step: Sequence[Piece],
     weights: Mapping[str, Tensor],
+    *,
+    half: bool,
 ) -> Tensor:
     """Return the divergence of the logits over what is no padding."""
     model, terms = calls.module, []

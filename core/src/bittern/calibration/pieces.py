@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bittern.calibration.replay import BlockRun
+from bittern.errors import CalibrationError
 from bittern.nn import quantizers_off
 
 __all__ = ["Piece", "Pieces", "floats", "in_half"]
@@ -36,9 +37,14 @@ class Pieces:
         block: The module and its calls.
         rows: Rows of a step, or the rows of one call if that has more and cannot be cut.
         seed: Says in which order they are taken.
+
+    Raises:
+        CalibrationError: ``rows`` is no positive number.
     """
 
     def __init__(self, block: BlockRun, *, rows: int, seed: int) -> None:
+        if rows < 1:
+            raise CalibrationError(f"a step takes {rows} rows", hint="at least 1")
         self._block = block
         self._rows = rows
         self._generator = torch.Generator().manual_seed(seed)

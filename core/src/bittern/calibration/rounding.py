@@ -32,13 +32,12 @@ from bittern.calibration.weighted import search_range
 from bittern.errors import CalibrationError
 from bittern.records import Plan
 
-__all__ = ["GAIN", "check_options", "find_start", "run_learn_rounding"]
+__all__ = ["find_start", "run_learn_rounding"]
 
 log = logging.getLogger("bittern.calibration")
 
 _TINY = torch.finfo(torch.float32).tiny
 _CHECKS = 4  # steps on whose rows the result is compared with the start
-GAIN = 0.02  # gains take smaller steps than offsets
 
 
 def run_learn_rounding(
@@ -78,7 +77,7 @@ def run_learn_rounding(
     Raises:
         CalibrationError: An option is out of range, or there is no data.
     """
-    check_options(steps=steps, rows=rows, lr=lr)
+    pace = Pace.of(steps=steps, lr=lr, clip=clip, norms=norms)
     if forward is None:
         raise CalibrationError("rounding is learned from data, and there is none")
     find_start(model, plan, forward, context)
@@ -86,7 +85,6 @@ def run_learn_rounding(
     if block is None:
         return
     names = frozenset(q.name for q in planned_weights(model, plan).values())
-    pace = lr or 1 / max(steps, 1)
     with ExitStack() as stack:
         for path in plan.modules:
             stack.enter_context(context.access(model.get_submodule(path), write=True))
@@ -100,25 +98,12 @@ def run_learn_rounding(
         checks = list(islice(taken, _CHECKS))
         before = task.error(checks, rounding.weights())
         losses = (partial(task.loss, step) for step in taken)
-        rounding.learn(losses, Pace(steps, lr=pace, clip=pace * clip, gain=GAIN * pace * norms))
+        rounding.learn(losses, pace)
         after = task.error(checks, rounding.weights())
         log.info("%s: error %.3g, rounded to nearest %.3g", block.name, after, before)
         if not after < before:
             rounding.reset()
         rounding.write(context)
-
-
-def check_options(*, steps: int, rows: int, lr: float) -> None:
-    """Raise unless the options of learning are in range.
-
-    Raises:
-        CalibrationError: One is not.
-    """
-    if steps < 1 or rows < 1 or lr < 0:
-        raise CalibrationError(
-            f"rounding is learned in {steps} steps of {rows} rows at lr {lr}",
-            hint="steps and rows are at least 1, lr at least 0",
-        )
 
 
 def find_start(model: nn.Module, plan: Plan, forward: Forward, context: CalibrationContext) -> None:
