@@ -280,6 +280,18 @@ def test_pipelines_that_do_not_go_together_have_to_be_decided(
 # --- what it refuses ------------------------------------------------------------------------------
 
 
+class Once:
+    """Data that may be asked for once."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        found, self.batches = self.batches, []
+        assert found
+        return iter(found)
+
+
 def refused(
     toolkit: Toolkit, net: Net, data: Any, *, match: str, kind: Any = PlanError, **options: Any
 ) -> Any:
@@ -326,17 +338,18 @@ def test_what_makes_no_sense_is_refused(
     ("data", "match"),
     [([], "no batch"), (lambda model: None, "needs batches"), (None, "no data")],
 )
-def test_data_that_cannot_be_looked_at_twice_is_refused(
+def test_what_holds_no_batches_is_refused(
     data: Any, match: str, toolkit: Toolkit, net: Net
 ) -> None:
     refused(toolkit, net, data, match=match, kind=DataError, bits=8)
 
 
-def test_an_iterator_is_gone_through_once_and_kept(
+def test_data_is_read_once_so_that_all_candidates_see_the_same(
     toolkit: Toolkit, net: Net, images: list[Any]
 ) -> None:
+    """A loader that shuffles gives other batches every time."""
     options: Any = {"bits": 14, "points": 2, "apply": False}
-    once = toolkit.auto_quantize(net, [INT4, INT8], iter(images), **options)
+    once = toolkit.auto_quantize(net, [INT4, INT8], Once(images), **options)
     assert once.scores == toolkit.auto_quantize(net, [INT4, INT8], images, **options).scores
 
 

@@ -54,8 +54,8 @@ def auto_quantize(
             tensors more; with ``method="gradient"`` also the activations of one batch.
         candidates: Recipes that a part may get, or names to recipes. To stay as it is, ``"none"``,
             is always one more choice.
-        data: Batches that can be gone through several times, or a path that a plugin reads. They
-            calibrate every candidate, and sensitivity is measured on them.
+        data: Batches, which are held in memory, or a path that a plugin reads. They calibrate every
+            candidate, and sensitivity is measured on them.
         bits: At most this mean number of stored bits per element, scales included, of the weights
             that some candidate quantizes and that are not excluded.
         max_bytes: At most this many bytes of the whole model.

@@ -14,7 +14,7 @@ from bittern.config import RecipeLike
 from bittern.convert import modes_of
 from bittern.errors import DataError, PlanError
 from bittern.records import DataConfig
-from bittern.runtime import SILENT, Progress, length_of, prepare
+from bittern.runtime import SILENT, Progress, prepare
 from bittern.runtime.ranks import alone
 from bittern.search.candidates import AS_IS, Candidates, matching, plan_candidates
 from bittern.search.context import SearchSteps
@@ -66,7 +66,7 @@ def run_search(
         raise PlanError("scores are kept in one process only", hint="leave out scores=")
     batches, count = _batches(steps.data(data, model, config), score_batches)
     adapter = steps.adapter(model)
-    first = prepare(next(iter(batches)), model, adapter, index=0)
+    first = prepare(batches[0], model, adapter, index=0)
     every = plan_candidates(model, candidates, steps, algorithm=algorithm)
     excluded = matching(exclude, every.modules)
     modules = [path for path in every.modules if path not in excluded]
@@ -149,21 +149,20 @@ def _limits(
     return limits
 
 
-def _batches(data: Any, count: int | None) -> tuple[Any, int]:
-    """Return data that can be gone through several times, and how many batches are looked at."""
+def _batches(data: Any, count: int | None) -> tuple[Sequence[Any], int]:
+    """Return the batches, the same for every candidate, and how many of them are looked at."""
     if count is not None and count < 1:
         raise DataError("sensitivity is measured on one batch at least", hint="score_batches=1")
     if not hasattr(data, "__iter__"):
         raise DataError(
             f"a search needs batches, and got a {type(data).__name__}",
-            hint="give a list of batches or a DataLoader: it looks at every batch several times",
+            hint="give a list of batches or a DataLoader",
         )
-    batches = list(data) if iter(data) is data else data
-    known = length_of(batches)
-    known = sum(1 for _ in batches) if known is None else known
-    if known == 0:
+    # A loader that shuffles would show every candidate something else.
+    batches = data if isinstance(data, list | tuple) else list(data)
+    if not batches:
         raise DataError("the data holds no batch")
-    return batches, known if count is None else min(count, known)
+    return batches, len(batches) if count is None else min(count, len(batches))
 
 
 def _costs(

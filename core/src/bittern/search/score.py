@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ class Scoring:
 
     Attributes:
         method: Name of the measure.
-        batches: The data; it can be gone through again and again.
+        batches: The data.
         count: How many batches are looked at.
         loss: The loss of the measure ``gradient``; ``None`` takes the model's own.
         progress: Shows where it is.
     """
 
     method: str
-    batches: Iterable[Any]
+    batches: Sequence[Any]
     count: int
     loss: LossFunction | None
     progress: Progress
@@ -107,7 +107,7 @@ def _run(
         parameter.requires_grad_(False)
     probe = Probe(model=model, groups=groups, adapter=adapter, loss=how.loss)
     done = store.batches(name)
-    rows = islice(enumerate(how.batches), how.count)
+    rows = enumerate(how.batches[: how.count])
     raw: Any
     for index, raw in how.progress.track(rows, f"scoring {name}", total=how.count):
         if index >= done:
