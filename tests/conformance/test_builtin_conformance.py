@@ -84,6 +84,8 @@ class TestAlgorithms(AlgorithmConformance):
             AlgorithmCase("entropy"),
             AlgorithmCase("mse"),
             AlgorithmCase("smooth", pipeline=["smooth", "max"]),
+            AlgorithmCase("awq", tolerance=1e-4),
+            AlgorithmCase("bias-correction", pipeline=["max", "bias-correction"]),
             AlgorithmCase("fold-batchnorm", pipeline=["fold-batchnorm", "max"]),
         ]
 

@@ -28,8 +28,7 @@ from bittern.calibration.coverage import note_grams
 from bittern.calibration.gram import Gram, observe_grams, planned_weights
 from bittern.calibration.max import run_max
 from bittern.calibration.moves import move
-from bittern.calibration.reduce import reduce_sum
-from bittern.calibration.sample import TokenSample
+from bittern.calibration.sample import TokenSample, gathered
 from bittern.calibration.weighted import search_range
 from bittern.errors import CalibrationError
 from bittern.nn import QuantModule, TensorQuantizer
@@ -84,8 +83,9 @@ def run_awq(
     with _sampled(model, weights, context, limit=tokens) as samples:
         grams = observe_grams(model, plan, forward, context, quantized=False)
     note_grams(context, grams)
+    tokens_of = gathered(samples)
     if scale:
-        searched = {n: _Weight.of(model, n, q, grams, samples) for n, q in weights.items()}
+        searched = {n: _Weight.of(model, n, q, grams, tokens_of) for n, q in weights.items()}
         known = {name: weight for name, weight in searched.items() if weight is not None}
         for group in _groups(model, known, context, pre_scale=pre_scale):
             factor = _best_factor(group, context, steps=steps)
@@ -123,7 +123,7 @@ class _Weight:
         name: str,
         quantizer: TensorQuantizer,
         grams: Mapping[str, Gram],
-        samples: Mapping[str, TokenSample],
+        tokens: Mapping[str, Tensor | None],
     ) -> _Weight | None:
         """Return the weight, if it is a plain matrix that data reached."""
         path, gram = name.rpartition(".")[0], grams.get(name)
@@ -136,7 +136,7 @@ class _Weight:
         moved = any(q is not None and _moved(q) for q in (quantizer, reads))
         if rank != 2 or moved or quantizer.spec.constant_amax is not None:
             return None
-        seen = None if reads is None else (samples[path].rows(), reads)
+        seen = None if reads is None else (tokens[path], reads)
         return _Weight(name, module, quantizer, gram, seen)
 
 
@@ -242,11 +242,7 @@ def _best_factor(group: _Group, context: CalibrationContext, *, steps: int) -> T
     sizes = columns.mean(0)
     factors = [torch.ones_like(inputs)]
     factors += [_factor(inputs, sizes, step / steps) for step in range(steps + 1)]
-    weights, noise = torch.stack([_errors(group, factor, context) for factor in factors]).unbind(1)
-    # every rank has a sample of its own, or none
-    mine = torch.cat((noise, noise.new_full((1,), float(bool((noise > 0).any())))))
-    total = reduce_sum({"noise": mine})["noise"]
-    errors = weights + total[:-1] / total[-1].clamp_min(1)
+    errors = torch.stack([_error(group, factor, context) for factor in factors])
     best = int(errors.argmin())
     log.debug("%s: factor %d of %d", first.name, best, len(factors))
     return factors[best]
@@ -278,20 +274,20 @@ def _column_sizes(weight: _Weight, group: _Group, context: CalibrationContext) -
         return group.narrow(weight, share.mean(0))
 
 
-def _errors(group: _Group, factor: Tensor, context: CalibrationContext) -> Tensor:
-    """Return what rounding costs at a factor, per token: rounding the weights, and the inputs."""
-    own, noise = torch.zeros(2, device=factor.device).unbind()
+def _error(group: _Group, factor: Tensor, context: CalibrationContext) -> Tensor:
+    """Return what rounding the weights and the inputs costs at a factor, per token."""
+    total = torch.zeros((), device=factor.device)
     for weight, wide, rounded in _rounded(group, factor, context):
         with context.access(weight.module, write=False):
             change = rounded / wide - weight.gram.layout.matrices(_tensor(weight))[0]
         spent = (change @ weight.gram.matrix[0]).mul_(change).sum()
-        own = own + spent / int(weight.gram.tokens)
+        total = total + spent / int(weight.gram.tokens)
         rows, reads = weight.sample if weight.sample is not None else (None, None)
         if rows is not None and reads is not None:
             scaled = rows / wide
             moved = fake_quantize(scaled, reads.spec).sub_(scaled)
-            noise = noise + (moved @ rounded.t()).square_().sum() / len(rows)
-    return torch.stack((own, noise))
+            total = total + (moved @ rounded.t()).square_().sum() / len(rows)
+    return total
 
 
 def _rounded(
