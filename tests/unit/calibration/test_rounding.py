@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bittern as bt
 from bittern.calibration.learned import LearnedWeight, gaps
 from bittern.errors import CalibrationError
-from bittern.nn import QuantModule
+from bittern.nn import QuantModule, named_quantizers
 from bittern.numerics import codec_of, measure
 from bittern.records import Algorithm, PerChannel, PerGroup, QuantizerSpec
 from bittern.toolkit import Toolkit
@@ -211,6 +211,30 @@ def test_activations_that_are_quantized_are_made_up_for() -> None:
         bt.quantize(model, {**config, "rules": [both]}, data)
         found.append(error(model, data))
     assert found[1] < 0.9 * found[0]
+
+
+def test_the_second_format_of_a_chain_holds_what_the_first_was_rounded_to() -> None:
+    model = build()
+    chain = {**int4(), "then": "fp8"}
+    bt.quantize(model, recipe(chain, steps=10), batches())
+    module = model.get_submodule("layers.1.up")
+    assert isinstance(module, QuantModule)
+    quantizer = module.quantizer("weight")
+    assert quantizer is not None
+    assert quantizer.then is not None
+    value: Any = module.weight
+    assert torch.equal(quantizer(value), quantizer.then(value))
+    assert quantizer.then.amax is not None
+    assert torch.equal(quantizer.then.amax, value.abs().max())
+
+
+def test_weights_in_no_block_get_their_range_and_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, 4))
+    before = weights(model)
+    bt.quantize(model, recipe(int4()), batches())
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(model).items())
+    assert all(q.calibrated for _, q in named_quantizers(model))
 
 
 def test_gains_and_biases_are_learned_if_asked_for() -> None:

@@ -160,9 +160,12 @@ class Rounding:
         """Give the module the rounded weights, and the quantizers their ranges."""
         for reader, learned in zip(self.readers, self._learned, strict=True):
             context.remember(reader.module, reader.tensor)
+            weight: Tensor = getattr(reader.module, reader.tensor)
             with torch.no_grad():
-                getattr(reader.module, reader.tensor).copy_(learned.hard())
+                weight.copy_(learned.hard())
             reader.quantizer.set_range(learned.range())
+            if reader.quantizer.then is not None:
+                reader.quantizer.then.calibrate_on(weight)
         for name, gain in self._gains.items():
             path, _, local = name.rpartition(".")
             owner = self.module.get_submodule(path)

@@ -83,6 +83,7 @@ def run_learn_rounding(
     find_start(model, plan, forward, context)
     block = context.block
     if block is None:
+        log.info("rounded to nearest, since it is in no block: %s", ", ".join(plan.modules))
         return
     names = frozenset(q.name for q in planned_weights(model, plan).values())
     with ExitStack() as stack:
