@@ -185,7 +185,7 @@ def test_what_is_drawn_is_the_same_every_time_and_follows_the_model() -> None:
     assert first == again
     assert first != other
     entropy = -float((logits[0].exp() * logits[0]).sum())
-    assert float(first) / 60000 == pytest.approx(entropy, rel=0.02)
+    assert float(first.detach()) / 60000 == pytest.approx(entropy, rel=0.02)
 
 
 def test_targets_that_are_numbers_make_it_a_regression(toolkit: Toolkit) -> None:
@@ -205,6 +205,26 @@ def test_targets_that_are_numbers_make_it_a_regression(toolkit: Toolkit) -> None
     assert kl["2"] == (pytest.approx(wanted, rel=1e-4), 4096)
     for name in ("0", "2"):
         assert gradient[name][0] == pytest.approx(kl[name][0], rel=0.15)
+
+
+def test_labels_of_a_language_model_are_its_input_and_those_of_a_classifier_are_not() -> None:
+    ids, logits = torch.randint(0, 8, (2, 5)), torch.randn(2, 5, 8)
+    model, text = nn.Identity(), ModelAdapter()
+    own, _ = loss_of(logits, prepare(ids, model, text, index=0), text, index=0)
+
+    again = prepare({"input_ids": ids, "labels": ids}, model, text, index=0)
+    assert loss_of(logits, again, text, index=0) == (own, 10)
+
+    tagger = ModelAdapter(causal=False)
+    tags, _ = loss_of(logits, again, tagger, index=0)
+    wanted = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="sum")
+    torch.testing.assert_close(tags, wanted)
+
+    whole = prepare({"input_ids": ids, "labels": torch.tensor([3, 4])}, model, text, index=0)
+    found, count = loss_of(logits[:, 0], whole, text, index=0)
+    assert count == 2
+    wanted = F.cross_entropy(logits[:, 0], torch.tensor([3, 4]), reduction="sum")
+    torch.testing.assert_close(found, wanted)
 
 
 def test_labels_of_pixels_are_classes_along_the_channels(toolkit: Toolkit) -> None:

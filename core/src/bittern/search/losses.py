@@ -85,8 +85,8 @@ def _predictions(output: Any, batch: Batch, adapter: ModelAdapter) -> tuple[Tens
     if not logits.is_floating_point() or logits.dim() == 0:
         raise DataError("the model's output has no classes to predict", hint=OTHERWISE)
     label = batch.targets[0] if batch.targets else None
-    if batch.ids is not None or not isinstance(label, Tensor):
-        label = None  # the labels of a language model are its input once more
+    if not isinstance(label, Tensor) or _is_input(label, batch, adapter):
+        label = None
     elif label.is_floating_point():
         label = label if label.shape == logits.shape else None
     elif label.dim() > 1 and label.shape == (logits.shape[0], *logits.shape[2:]):
@@ -99,6 +99,12 @@ def _predictions(output: Any, batch: Batch, adapter: ModelAdapter) -> tuple[Tens
             hint=OTHERWISE,
         )
     return logits, label
+
+
+def _is_input(label: Tensor, batch: Batch, adapter: ModelAdapter) -> bool:
+    """Whether labels are a language model's input once more, to be shifted by somebody."""
+    ids = batch.ids
+    return ids is not None and label.shape == ids.shape and adapter.causal is not False
 
 
 def places_of(logits: Tensor, batch: Batch) -> Tensor:
