@@ -84,7 +84,8 @@ def _refuse(names: Iterable[str]) -> None:
     found = list(names)
     if found:
         raise ExportError(
-            f"{_few(found)} chained, rotated, scaled before or biased, which no file format holds",
+            f"{_few(found)} chained, rotated, scaled before, biased or beside a "
+            "low-rank branch, which no file format holds",
             hint="bittern.save keeps all of it; to export, use a recipe without",
         )
 

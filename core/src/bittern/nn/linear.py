@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bittern.nn.lowrank import with_branch
 from bittern.nn.module import QuantModule
 
 __all__ = ["QuantBilinear", "QuantLinear"]
@@ -13,11 +14,13 @@ __all__ = ["QuantBilinear", "QuantLinear"]
 class QuantLinear(QuantModule, nn.Linear):
     """``y = Q_in(x) @ Q_w(W)^T + b``; slots ``weight``, ``input``, ``output``."""
 
+    branched = True
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the linear map of the quantized operands, shape ``(..., out_features)``."""
         weight = self.quantize("weight", self.weight)
         found = F.linear(self.quantize("input", input), weight, self.bias)
-        return self.quantize("output", found)
+        return self.quantize("output", with_branch(self, input, found))
 
 
 class QuantBilinear(QuantModule, nn.Bilinear):

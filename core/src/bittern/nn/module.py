@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import isfunction
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -43,9 +43,15 @@ class QuantModule(nn.Module):
 
     A subclass implements ``forward`` for the class its rule targets and calls ``self.quantize``
     on the tensors of its slots. A slot without a quantizer passes its tensor unchanged.
+
+    Attributes:
+        original_class: The class a module had before conversion.
+        branched: Whether ``forward`` adds the low-rank branch of the slot ``weight``, by
+            `bittern.nn.lowrank.with_branch`.
     """
 
     original_class: type[nn.Module]
+    branched: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep the original's own hook out: its registries are to find no converted class."""

@@ -13,6 +13,7 @@ from bittern.errors import NumericsError
 from bittern.nn.checked import check_learnable, checked_range
 from bittern.nn.experts import Experts, per_row, scales_per_row
 from bittern.nn.extremes import Extremes
+from bittern.nn.lowrank import LowRank
 from bittern.nn.observer import Observer
 from bittern.nn.packed import PackedWeight
 from bittern.nn.rounding import round_to_format
@@ -39,8 +40,8 @@ class TensorQuantizer(nn.Module):
     quantizer, and a static one without a range, pass tensors unchanged, the very same object
     (`transforms` apart, which belong to the model's computation).
 
-    The order of a forward pass: pre-scale, rotation, bias, rounding, bias, rotation back, and then
-    the second quantizer of a chain.
+    The order of a forward pass: pre-scale, low-rank branch (its product is taken off), rotation,
+    bias, rounding, bias, rotation back, and then the second quantizer of a chain.
 
     The buffers are not persistent: a converted model keeps the ``state_dict`` keys of the original.
 
@@ -331,6 +332,10 @@ class TensorQuantizer(nn.Module):
         """
         self._transforms().set_pre_scale(value)
 
+    def set_low_rank(self, branch: LowRank | None) -> None:
+        """Round only what a low-rank branch beside the weight leaves (`bittern.nn.lowrank`)."""
+        self._transforms().low_rank = branch
+
     def set_rotation(self, matrix: Tensor) -> None:
         """Give the matrix of a rotation of the kind ``"given"``.
 
@@ -432,8 +437,6 @@ class TensorQuantizer(nn.Module):
             return round_to_format(t, spec, scales, whole, kernels=self.kernels)
 
         return straight_through(x, clip, spec.granularity, rounded)
-
-    # --- helpers ---
 
     def _chain_state(self) -> tuple[object, ...]:
         """Return what tells a change of the quantizers that follow; our own clears the cache."""

@@ -1,4 +1,4 @@
-"""What a quantizer does around rounding: pre-scale, rotation, bias."""
+"""What a quantizer does around rounding: pre-scale, low-rank branch, rotation, bias."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from bittern.errors import NumericsError
+from bittern.nn.lowrank import LowRank
 from bittern.numerics.rotation import rotate
 from bittern.records import Affine, Rotation
 
 __all__ = ["Transforms", "bias_of", "check_axes", "keep_dtype"]
 
 BUFFERS = ("pre_scale", "matrix", "bias")
+FACTORS = ("low_rank.left", "low_rank.right")
 
 
 class Transforms(nn.Module):
-    """Pre-scale, rotation and bias of a quantizer, in float32.
+    """Pre-scale, rotation and bias of a quantizer, in float32, and the low-rank branch of a weight.
 
     Pre-scale and rotation are half of a change that leaves the model's function as it was (the
     weight holds the inverse, or is rotated alike), so they are done by a disabled quantizer as
-    well. Not so a rotation that is undone after rounding, and a bias: alone, they do nothing.
+    well. Not so a rotation that is undone after rounding, and a bias: alone, they do nothing. Of a
+    weight with a low-rank branch only the rest is rounded; the module adds the branch
+    (`bittern.nn.lowrank`), and neither is done by a disabled quantizer.
 
     Args:
         rotation: The rotation, if any.
@@ -32,6 +36,7 @@ class Transforms(nn.Module):
     pre_scale: Tensor | None
     matrix: Tensor | None
     bias: Tensor | None
+    low_rank: LowRank | None
 
     def __init__(self, rotation: Rotation | None, affine: Affine | None) -> None:
         super().__init__()
@@ -39,6 +44,7 @@ class Transforms(nn.Module):
         self.affine = affine
         for name in BUFFERS:
             self.register_buffer(name, None, persistent=False)
+        self.low_rank = None
 
     def set_pre_scale(self, value: Tensor | None) -> None:
         """Set what tensors are multiplied by."""
@@ -121,10 +127,12 @@ class Transforms(nn.Module):
         return self.restore(x.to(torch.float32).dequantize(), self.bias).to(x.dtype)
 
     def undone(self, x: Tensor) -> Tensor:
-        """Undo `passed`: return a tensor as it was before pre-scale and rotation."""
+        """Return a tensor as it was before pre-scale, low-rank branch and rotation."""
         wide = x.float()
         if self.rotation is not None and not self.rotation.back:
             wide = rotate(wide, self.rotation, self.matrix, inverse=True)
+        if self.low_rank is not None:
+            wide = wide + self.low_rank.product()
         if self.pre_scale is not None:
             wide = wide / self.pre_scale
         return wide.to(x.dtype)
@@ -132,11 +140,16 @@ class Transforms(nn.Module):
     def _moved(self, x: Tensor) -> Tensor:
         if self.pre_scale is not None:
             x = x * self.pre_scale
+        if self.low_rank is not None:
+            x = x - self.low_rank.product()
         return x if self.rotation is None else rotate(x, self.rotation, self.matrix)
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors, by name."""
-        return {name: value for name in BUFFERS if (value := getattr(self, name)) is not None}
+        found = {name: value for name in BUFFERS if (value := getattr(self, name)) is not None}
+        if self.low_rank is not None:
+            found |= dict(zip(FACTORS, (self.low_rank.left, self.low_rank.right), strict=True))
+        return found
 
     def load(self, name: str, value: Tensor) -> None:
         """Take one tensor of `state`.
@@ -144,6 +157,12 @@ class Transforms(nn.Module):
         Raises:
             NumericsError: The name is unknown.
         """
+        if name in FACTORS:
+            if self.low_rank is None:
+                empty = value.new_empty(0, 0)
+                self.low_rank = LowRank(empty, empty)
+            setattr(self.low_rank, name.removeprefix("low_rank."), value.detach().clone())
+            return
         if name not in BUFFERS:
             raise NumericsError(f"a quantizer has no state {name!r}")
         setattr(self, name, value.detach().clone())

@@ -14,6 +14,7 @@ from bittern.config import MatchModel, Recipe, SpecModel
 from bittern.errors import ModelError, NumericsError, PlanError, RecipeError
 from bittern.nn import TensorQuantizer, original_class
 from bittern.nn.computed import sources_of, weight_of
+from bittern.nn.lowrank import LowRank
 from bittern.nn.transforms import Transforms
 from bittern.numerics.layout import check_dtype
 from bittern.planning.fit import check_backend, check_shape, rotation_warnings
@@ -219,7 +220,7 @@ def slots_of(match: Match[ModuleRule], module: nn.Module) -> tuple[Slot, ...]:
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the model's modules, without the quantizers that conversion added."""
     for path, module in model.named_modules():
-        if not isinstance(module, TensorQuantizer | Transforms):
+        if not isinstance(module, TensorQuantizer | Transforms | LowRank):
             yield path, module
 
 

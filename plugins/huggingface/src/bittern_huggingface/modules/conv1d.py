@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bittern.nn import QuantModule
 from bittern.nn.intercept import sealed
+from bittern.nn.lowrank import with_branch
 
 __all__ = ["QuantConv1D"]
 
@@ -18,10 +19,13 @@ class QuantConv1D(QuantModule, Conv1D):
     Per channel means per output feature, axis 1; groups run along the input features, axis 0.
     """
 
+    branched = True
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the linear map of the quantized operands, shape ``(..., out)``."""
         rows = self.quantize("input", x).reshape(-1, x.shape[-1])
         weight = self.quantize("weight", self.weight)
         with sealed():  # or attention around it would take a quantized weight for keys
             found = torch.addmm(self.bias, rows, weight)
+            found = with_branch(self, x, found, inputs_first=True)
         return self.quantize("output", found.view(*x.shape[:-1], self.nf))
