@@ -105,25 +105,3 @@ def test_an_input_that_was_always_zero_is_rounded_to_nearest() -> None:
     torch.testing.assert_close(
         found[..., kept], round_columns(weight[..., kept], rest, nearest, block=4)
     )
-
-
-def test_columns_are_shown_as_they_will_be_rounded() -> None:
-    """What `begin` sees is what rounding gets, if nothing within is rounded."""
-    weight, matrix = problem(4, 12)
-    factor = factorize(matrix, damp=0.01)
-    assert factor is not None
-    shown: dict[int, Tensor] = {}
-    got: dict[int, Tensor] = {}
-
-    def rounded(j: int, x: Tensor) -> Tensor:
-        got[j] = x.clone()
-        return nearest(j, x)
-
-    def begin(j: int, x: Tensor) -> None:
-        assert x.shape == (1, 4, 3)
-        shown[j] = x[..., 0].clone()
-
-    round_columns(weight, factor, rounded, block=6, begin=begin, every=3)
-    assert sorted(shown) == [0, 3, 6, 9]
-    for j, x in shown.items():
-        torch.testing.assert_close(x, got[j])

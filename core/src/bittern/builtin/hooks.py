@@ -135,6 +135,13 @@ def register_algorithms() -> list[Algorithm]:
             description="SmoothQuant: moves outlier channels of activations into weights",
         ),
         Algorithm(
+            name="gptq",
+            run="bittern.calibration.gptq:run_gptq",
+            needs=frozenset({"data", "hessian"}),
+            sequential=True,
+            description="weights: errors of some columns make up for those of others",
+        ),
+        Algorithm(
             name="equalize",
             run="bittern.calibration.equalize:run_equalize",
             description="weights: scales move between layers until columns weigh alike; no data",
@@ -229,6 +236,8 @@ def register_recipes() -> list[RecipeSource]:
             "W4A8 after AWQ: int4 weights in groups of 128, held in fp8; fp8 activations per tensor"
         ),
         "nvfp4a16": "nvfp4 weights, activations as they are; needs no data",
+        "int4-gptq": "int4 weights in groups of 128, rounded by GPTQ, activations as they are",
+        "nvfp4-gptq": "W4A4: nvfp4 weights and activations, weights rounded by GPTQ",
         "int4-best": (
             "int4 weights in groups of 128, rounding learned by block; activations as they are"
         ),

@@ -87,8 +87,6 @@ def round_columns(
     rounded: Callable[[int, Tensor], Tensor],
     *,
     block: int,
-    begin: Callable[[int, Tensor], None] | None = None,
-    every: int = 0,
 ) -> Tensor:
     """Return a matrix with every column rounded.
 
@@ -97,33 +95,21 @@ def round_columns(
         factor: Of the Gram matrix of the inputs, in the same order.
         rounded: Rounds column ``j``, ``(parts, outputs)``.
         block: Columns that are brought up to date at once.
-        begin: Called with ``j`` and the columns from there on as they are to be rounded, ``(parts,
-            outputs, every)``, before each of ``every`` columns.
-        every: How many.
     """
     inputs = weight.shape[-1]
     source = weight.transpose(1, 2).contiguous()
     errors = torch.empty_like(source)
     unit = factor.unit.transpose(1, 2).contiguous()  # row j: what column j makes up for
-    if begin is not None:
-        block = max(block // every, 1) * every
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         wanted = source[:, start:stop]
         if start:
             wanted = torch.baddbmm(wanted, unit[:, start:stop, :start], errors[:, :start], alpha=-1)
         for j in range(start, stop):
-            own = unit[:, j : j + 1, start:j]
-            if begin is not None and j % every == 0:
-                end = min(j + every, stop)
-                rest = wanted[:, j - start : end - start]
-                if j > start:
-                    rest = torch.baddbmm(
-                        rest, unit[:, j:end, start:j], errors[:, start:j], alpha=-1
-                    )
-                begin(j, rest.transpose(1, 2))
             target = wanted[:, j - start : j - start + 1]
             if j > start:
-                target = torch.baddbmm(target, own, errors[:, start:j], alpha=-1)
+                target = torch.baddbmm(
+                    target, unit[:, j : j + 1, start:j], errors[:, start:j], alpha=-1
+                )
             errors[:, j] = rounded(j, target[:, 0]) - source[:, j]
     return (source + errors).transpose(1, 2)

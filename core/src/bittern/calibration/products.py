@@ -97,12 +97,15 @@ def watch_products(
     handed: _Table = {}
     try:
         for name, quantizer in weights.items():
-            quantizer.observer = _Tap(name, quantizer.spec.stacked, handed)
+            tap = _Tap(name, quantizer.spec.stacked, handed)
+            for link in quantizer.chain():  # none of them rounds meanwhile
+                link.observer = tap
         with _Products(handed, seen):
             yield
     finally:
         for quantizer in weights.values():
-            quantizer.observer = None
+            for link in quantizer.chain():
+                link.observer = None
 
 
 @dataclass(frozen=True)
