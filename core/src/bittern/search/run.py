@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,12 @@ def run_search(
     }
     scored = _scored(groups, unscored, sums)
     chosen = choose(scored.table, limits, **counted)
-    primary = next(iter(limits))
-    formats = steps.registry.formats
+    formats, known = steps.registry.formats, set(modules)
     result = SearchResult(
         method=method,
         limits=limits,
         chosen=chosen,
-        front=front_of(scored.table, primary, points=points, also=chosen, **counted),
+        front=front_of(scored.table, next(iter(limits)), points=points, also=chosen, **counted),
         decisions=tuple(
             Decision(
                 name=group.name,
@@ -109,11 +108,7 @@ def run_search(
         ),
         algorithm=every.pipeline,
         specs={
-            one.name: {
-                path: slots_data(one.entries[path], formats)
-                for path in modules
-                if path in one.entries
-            }
+            one.name: {p: slots_data(s, formats) for p, s in one.entries.items() if p in known}
             for one in every.every
         },
         fixed={path: slots_data(slots, formats) for path, slots in every.fixed.items()},
@@ -121,7 +116,8 @@ def run_search(
         notes=(*every.notes, *notes, *scored.notes),
     )
     _check_recipe(model, result, every, steps)
-    if not apply or not (result.fixed or set(chosen.choices) != {AS_IS}):
+    quantizes_nothing = not result.fixed and set(chosen.choices) == {AS_IS}
+    if not apply or quantizes_nothing:
         return result
     done = steps.quantize(model, result.recipe(), batches, progress=progress)
     return replace(result, quantized=done)
@@ -213,12 +209,12 @@ def _check_recipe(
     model: nn.Module, result: SearchResult, candidates: Candidates, steps: SearchSteps
 ) -> None:
     """Make sure that the recipe says what was chosen."""
-    by_name: Callable[[str], Any] = {one.name: one for one in candidates.every}.get
+    entries = {one.name: one.entries for one in candidates.every}
     wanted = {
         (path, slot): entry.spec
         for path, choice in result.choices.items()
         if choice != AS_IS
-        for slot, entry in by_name(choice).entries.get(path, {}).items()
+        for slot, entry in entries[choice].get(path, {}).items()
     }
     wanted |= {(p, s): e.spec for p, slots in candidates.fixed.items() for s, e in slots.items()}
     if not wanted:
