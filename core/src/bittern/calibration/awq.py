@@ -84,19 +84,20 @@ def run_awq(
         grams = observe_grams(model, plan, forward, context, quantized=False)
     note_grams(context, grams)
     tokens_of = gathered(samples)
+    divisors: dict[str, Tensor] = {}
     if scale:
         searched = {n: _Weight.of(model, n, q, grams, tokens_of) for n, q in weights.items()}
         known = {name: weight for name, weight in searched.items() if weight is not None}
         for group in _groups(model, known, context, pre_scale=pre_scale):
             factor = _best_factor(group, context, steps=steps)
             _apply(model, group, factor, context)
-            for weight in group.weights:
-                grams[weight.name] = _divided(weight.gram, group.wide(weight, factor))
+            divisors |= {weight.name: group.wide(weight, factor) for weight in group.weights}
     run_max(model, plan, forward, context)
     for name, quantizer in weights.items() if clip else ():
         if name in grams:
             module = model.get_submodule(name.rpartition(".")[0])
-            search_range(module, quantizer, grams[name], context)
+            gram = grams[name] if name not in divisors else _divided(grams[name], divisors[name])
+            search_range(module, quantizer, gram, context)
 
 
 @dataclass(frozen=True)
