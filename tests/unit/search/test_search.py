@@ -116,6 +116,18 @@ def test_the_recipe_gives_a_fresh_model_the_same_bits(
     assert yaml.safe_load(file.read_text()) == result.recipe()
 
 
+def test_the_result_is_saved_and_restored_bit_for_bit(
+    toolkit: Toolkit, make_lm: Any, token_batches: list[Tensor], same_bits: Any, tmp_path: Any
+) -> None:
+    model, fresh = make_lm(width=32), make_lm(width=32)
+    toolkit.auto_quantize(model, [INT4, INT8], token_batches, bits=7, points=2)
+
+    toolkit.save(model, tmp_path / "state")
+    toolkit.restore(fresh, tmp_path / "state")
+
+    assert same_bits(fresh(token_batches[0]), model(token_batches[0]))
+
+
 def test_any_point_of_the_front_is_a_recipe(
     toolkit: Toolkit, make_lm: Any, token_batches: list[Tensor]
 ) -> None:
