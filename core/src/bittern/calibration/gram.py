@@ -23,6 +23,7 @@ from bittern.records import Plan
 
 __all__ = ["Gram", "observe_grams", "planned_weights"]
 
+_SPLIT = 256  # inputs up to which a product of two matrices is one
 _RECENT = 2  # tensors that may be multiplied again: q, k and v run close together
 
 
@@ -171,7 +172,7 @@ class _Sums:
             rows = product.rows().float()
             rows = rows if rows.dim() == 3 else rows.unsqueeze(0)
             tokens = torch.full((len(rows),), rows.shape[1], dtype=torch.int64)
-            known = _Input(x, how, rows.transpose(1, 2) @ rows, tokens, set())
+            known = _Input(x, how, _outer(rows), tokens, set())
             self._recent.append(known)
             if len(self._recent) > _RECENT:
                 self._settle(self._recent.pop(0))
@@ -217,6 +218,20 @@ class _Sums:
                 own = rows[start:stop]
                 total.matrix[part].addmm_(own.t(), own)
                 total.tokens[part] += stop - start
+
+
+def _outer(rows: Tensor) -> Tensor:
+    """Return ``sum x x^T`` over rows ``(parts, tokens, inputs)``, no half computed twice."""
+    inputs = rows.shape[-1]
+    if inputs <= _SPLIT:
+        return rows.transpose(1, 2) @ rows
+    found = rows.new_empty(len(rows), inputs, inputs)
+    half = inputs // 2
+    left, right = rows[..., :half], rows[..., half:]
+    found[:, :half, :half], found[:, half:, half:] = _outer(left), _outer(right)
+    found[:, :half, half:] = left.transpose(1, 2) @ right
+    found[:, half:, :half] = found[:, :half, half:].transpose(1, 2)
+    return found
 
 
 def _same(known: _Input, x: Tensor, how: tuple[object, ...], name: str) -> bool:
