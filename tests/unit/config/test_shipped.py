@@ -34,6 +34,7 @@ EXPECTED = {
     "nvfp4": {"weight": "nvfp4/group[16]", "input": "nvfp4/group[16]"},
     "nvfp4-gptq": {"weight": "nvfp4/group[16]", "input": "nvfp4/group[16]"},
     "nvfp4-awq": {"weight": "nvfp4/group[16]", "input": "nvfp4/group[16]"},
+    "nvfp4-svdquant": {"weight": "nvfp4/group[16]", "input": "nvfp4/group[16]"},
     "nvfp4a16": {"weight": "nvfp4/group[16]"},
     "w4a8-awq": {"weight": "int4/group[128] > fp8/tensor", "input": "fp8/tensor"},
     "w4a8": {"weight": "int4/group[128] > fp8/tensor", "input": "fp8/tensor"},

@@ -166,6 +166,12 @@ def register_algorithms() -> list[Algorithm]:
             description="weights: rounded so that the model's logits are what they were",
         ),
         Algorithm(
+            name="svdquant",
+            run="bittern.calibration.svdquant:run_svdquant",
+            needs=frozenset({"data", "hessian"}),
+            description="weights: a low-rank branch in full precision holds what is hard to round",
+        ),
+        Algorithm(
             name="fold-batchnorm",
             run="bittern.calibration.batchnorm:run_fold_batchnorm",
             restore="bittern.calibration.batchnorm:freeze_folded",
@@ -247,6 +253,9 @@ def register_recipes() -> list[RecipeSource]:
         ),
         "mxfp4-best": (
             "W4A4: mxfp4 weights and activations, rounding of weights learned block by block"
+        ),
+        "nvfp4-svdquant": (
+            "W4A4: nvfp4 with a low-rank branch in full precision beside each weight (SVDQuant)"
         ),
         "mxfp8": "W8A8: mxfp8 weights and activations, dynamic; needs no data",
         "mxfp6": "W6A6: mxfp6 (e3m2) weights and activations, dynamic; needs no data",

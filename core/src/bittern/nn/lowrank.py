@@ -120,4 +120,5 @@ def with_branch(
         scale = reads.transforms.pre_scale
         if scale is not None:
             x = (x.float() * scale).to(x.dtype)
-    return output + branch(x, inputs_first=inputs_first).reshape(output.shape)
+    added: Tensor = branch(x, inputs_first=inputs_first)
+    return output + added.reshape(output.shape)
