@@ -178,6 +178,22 @@ def test_tied_weights_are_rounded_once() -> None:
         assert torch.equal(module.weight_quantizer(module.weight), module.weight)
 
 
+def test_weights_are_fitted_to_what_the_rounded_ones_before_them_compute() -> None:
+    def fitted(**options: Any) -> nn.Module:
+        model = build()
+        bt.quantize(model, recipe("int2", **options), data())
+        return model
+
+    once, again, alone = fitted(), fitted(true_sequential=True), build()
+    assert torch.equal(once[0].weight, again[0].weight)
+    assert not torch.equal(once[2].weight, again[2].weight)
+    with torch.no_grad():
+        inner = [again[1](again[0](x)) for x in data()]
+        alone = nn.Sequential(alone[2])
+        bt.quantize(alone, recipe("int2"), inner)
+    assert torch.equal(again[2].weight, alone[0].weight)
+
+
 def test_an_error_in_a_later_step_puts_the_weights_back() -> None:
     model = build()
     before = copy.deepcopy(model.state_dict())

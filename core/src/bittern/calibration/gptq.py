@@ -10,6 +10,7 @@ made up for it, and stay: columns may then be taken in any order without a permu
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ def run_gptq(
     damp: float = 0.01,
     act_order: bool = True,
     scales: str = "mse",
+    true_sequential: bool = False,
 ) -> None:
     """Round all planned weights; static activations get the largest magnitude as their range.
 
@@ -62,6 +64,8 @@ def run_gptq(
         act_order: Whether the columns with the largest inputs come first; otherwise as they lie.
         scales: ``"mse"``: ranges with the least error of the outputs; ``"max"``: the largest
             magnitudes.
+        true_sequential: Whether the weights of a block, too, are fitted to what the rounded ones
+            before them compute; for one data pass more per tensor that weights read.
 
     Raises:
         CalibrationError: An option is out of range, there is no data, or NaN or Inf was met.
@@ -77,31 +81,77 @@ def run_gptq(
         raise CalibrationError("gptq needs data", hint="give data (--data FILE)")
     run_max(model, plan, forward, context)
     grams = observe_grams(model, plan, forward, context)
-    factors: dict[int, _Order | None] = {}
-    done: dict[int, TensorQuantizer] = {}
-    for name, quantizer in planned_weights(model, plan).items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        gram = grams.get(name)
+    weights = planned_weights(model, plan)
+    rounder = _Rounder(model, context, block=block, damp=damp, by_size=act_order, scales=scales)
+    for number, stage in enumerate(_stages(grams) if true_sequential else [list(weights)]):
+        if number:
+            modules = {name.rpartition(".")[0] for name in stage}
+            again = observe_grams(model, plan, forward, context, modules=modules)
+            grams |= {name: again[name] for name in stage if name in again}
+        for name in stage:
+            rounder.round(name, weights.pop(name), grams.get(name))
+    for name, quantizer in weights.items():
+        rounder.round(name, quantizer, None)
+
+
+def _stages(grams: Mapping[str, Gram]) -> list[list[str]]:
+    """Return the weights that read one tensor together, in the order of execution."""
+    found: dict[int, list[str]] = {}
+    for name, gram in grams.items():
+        found.setdefault(id(gram.matrix), []).append(name)
+    return list(found.values())
+
+
+class _Rounder:
+    """Rounds one weight after the other; those with one Gram matrix share its factors."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: CalibrationContext,
+        *,
+        block: int,
+        damp: float,
+        by_size: bool,
+        scales: str,
+    ) -> None:
+        self._model, self._context = model, context
+        self._block, self._damp, self._by_size, self._scales = block, damp, by_size, scales
+        self._factors: tuple[Gram | None, _Order | None] = None, None  # of the last one
+        self._done: dict[int, TensorQuantizer] = {}
+
+    def round(self, name: str, quantizer: TensorQuantizer, gram: Gram | None) -> None:
+        """Round a weight, to nearest where it has to be."""
+        module = self._model.get_submodule(name.rpartition(".")[0])
         reason = _reason(module, quantizer, gram)
         if not reason and gram is not None:
-            key = id(gram.matrix)
-            if key not in factors:
-                factors[key] = _order(gram, damp=damp, by_size=act_order)
-            order = factors[key]
-            with context.access(module, write=True), torch.no_grad():
-                parameter = getattr(module, quantizer.tensor or "")
-                if order is None:
-                    reason = "the Gram matrix of its inputs has no Cholesky factor"
-                elif id(parameter) in done:
-                    _take_range(quantizer, parameter, done[id(parameter)])
-                else:
-                    done[id(parameter)] = quantizer
-                    context.remember(module, quantizer.tensor or "")
-                    if scales == "mse":
-                        _search(quantizer, parameter.detach(), gram, order)
-                    _round(name, quantizer, parameter, gram, order, block=block)
+            with self._context.access(module, write=True), torch.no_grad():
+                reason = self._rounded(name, module, quantizer, gram)
         if reason:
             log.warning("%s is rounded to nearest: %s", name, reason)
+
+    def _rounded(self, name: str, module: nn.Module, quantizer: TensorQuantizer, gram: Gram) -> str:
+        """Round a weight; return why not, nothing if it was."""
+        order = self._order_of(gram)
+        if order is None:
+            return "the Gram matrix of its inputs has no Cholesky factor"
+        parameter = getattr(module, quantizer.tensor or "")
+        first = self._done.setdefault(id(parameter), quantizer)
+        if first is not quantizer:
+            _take_range(quantizer, parameter, first)
+            return ""
+        self._context.remember(module, quantizer.tensor or "")
+        if self._scales == "mse":
+            _search(quantizer, parameter.detach(), gram, order)
+        _round(name, quantizer, parameter, gram, order, block=self._block)
+        return ""
+
+    def _order_of(self, gram: Gram) -> _Order | None:
+        last, order = self._factors
+        if last is None or last.matrix is not gram.matrix:
+            order = _order(gram, damp=self._damp, by_size=self._by_size)
+            self._factors = gram, order
+        return order
 
 
 @dataclass(frozen=True, eq=False)
