@@ -47,7 +47,7 @@ def run_distill_rounding(
     *,
     steps: int = 200,
     rows: int = 4,
-    lr: float = 0.0,
+    lr: float = 0.005,
     clip: bool = True,
     norms: bool = False,
     half: bool = True,
@@ -65,7 +65,8 @@ def run_distill_rounding(
         context: Services.
         steps: Number of steps.
         rows: Rows of the data per step.
-        lr: First step of offsets and clips; 0 stands for ``1 / steps``.
+        lr: First step of the offsets, see `bittern.calibration.descent.Pace`. Ten times as much
+            does harm: all weights move at once, by what a few rows say.
         clip: Whether ranges are learned, too.
         norms: Whether gains and biases are learned, too.
         half: Whether products are computed in bfloat16 while learning, where weights are float32.

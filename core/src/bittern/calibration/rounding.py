@@ -67,8 +67,8 @@ def run_learn_rounding(
         context: Services; ``block`` is what is learned.
         steps: Steps per block.
         rows: Rows of the data per step.
-        lr: First step of offsets and clips; 0 stands for ``1 / steps``, with which an offset can
-            just get from one end to the middle.
+        lr: First step of the offsets, see `bittern.calibration.descent.Pace`; 0 stands for
+            ``1 / steps``, with which an offset can just get from the middle to an end.
         clip: Whether ranges are learned, too.
         norms: Whether the gains and biases of the block are learned, too.
         half: Whether products are computed in bfloat16 while learning, where weights are float32.
