@@ -197,3 +197,30 @@ def test_a_later_failure_leaves_the_model_as_it_was(toolkit: Toolkit) -> None:
     with pytest.raises(CalibrationError):
         toolkit.quantize(model, {**recipe(), "algorithm": steps}, batches())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+CHANNEL = {"weight": {"format": "int4", "granularity": "channel"}}
+CHAINED = {"weight": [{"format": "int4", "granularity": "group", "size": GROUP}, "fp8"]}
+
+
+@pytest.mark.parametrize("rule", [CHANNEL, CHAINED], ids=["per channel", "held in fp8"])
+def test_grouped_convolutions_and_chains_are_clipped_too(
+    rule: dict[str, Any], toolkit: Toolkit
+) -> None:
+    kinds = ["Linear", "Conv2d"] if rule is CHANNEL else ["Linear"]
+    data = [torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(1))]
+
+    def error(algorithm: str) -> float:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(128, 64)]
+        model = nn.Sequential(*layers).eval()
+        rules = [{"match": {"class": kinds}, **rule}]
+        with torch.no_grad():
+            expected = model(data[0])
+            toolkit.quantize(
+                model, {"extends": "base", "rules": rules, "algorithm": algorithm}, data
+            )
+            assert all(q.calibrated for _, q in named_quantizers(model))
+            return float((model(data[0]) - expected).square().sum())
+
+    assert error("awq") < 0.9 * error("max")
