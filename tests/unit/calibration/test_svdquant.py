@@ -102,6 +102,16 @@ def test_fitting_to_the_rounded_weight_lowers_the_error_of_the_weights(toolkit: 
     assert errors[1] < errors[0]
 
 
+def test_searched_ranges_lower_the_error_of_the_weights(toolkit: Toolkit) -> None:
+    errors = []
+    for search in (False, True):
+        model = model_of()
+        weights = {"extends": "nvfp4a16", "algorithm": recipe(search=search)["algorithm"]}
+        toolkit.quantize(model, weights, batches())
+        errors.append(error(model, batches()[0]))
+    assert errors[1] < errors[0]
+
+
 def test_every_branch_has_the_shape_of_its_weight_and_weights_stay(toolkit: Toolkit) -> None:
     model = model_of()
     toolkit.quantize(model, recipe(), batches())

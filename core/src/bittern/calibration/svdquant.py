@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.gram import Gram, observe_grams
 from bittern.calibration.max import run_max
+from bittern.calibration.search import best_range, multipliers
 from bittern.errors import CalibrationError
-from bittern.nn import QuantModule
+from bittern.nn import QuantModule, TensorQuantizer
 from bittern.nn.lowrank import LowRank
 from bittern.records import Plan, PlanEntry
 
@@ -61,6 +62,7 @@ def run_svdquant(
     *,
     rank: int = 32,
     rounds: int = 3,
+    search: bool = True,
 ) -> None:
     """Give planned linear layers a low-rank branch, and set all ranges to the largest magnitudes.
 
@@ -74,6 +76,8 @@ def run_svdquant(
         context: Services.
         rank: Columns of the branch; a matrix with fewer rows or columns gets as many.
         rounds: How often the branch is fitted to the rounded weight.
+        search: Whether to search the ranges of the rest for the least rounding error; at max
+            otherwise.
 
     Raises:
         CalibrationError: ``rank`` or ``rounds`` is out of range, there is no data; or NaN or Inf
@@ -97,11 +101,37 @@ def run_svdquant(
             continue
         if id(gram.matrix) not in metrics:  # q, k and v share one
             metrics[id(gram.matrix)] = _metrics(gram)
-        _add(model, entry, metrics[id(gram.matrix)], context, rank=int(rank), rounds=int(rounds))
+        _add(
+            model,
+            entry,
+            metrics[id(gram.matrix)],
+            context,
+            rank=int(rank),
+            rounds=int(rounds),
+            search=search,
+        )
     left = sorted({e.module for e in plan.entries if e.kind == "weight"} - modules)
     if left:
         log.info("without a low-rank branch, for want of a place: %s", ", ".join(left))
-    run_max(model, plan, forward, context)
+    run_max(model, plan, forward, context)  # weights that read one tensor share a global scale
+    for entry in entries.values() if search else ():
+        module = model.get_submodule(entry.module)
+        assert isinstance(module, QuantModule)
+        quantizer = module.quantizer(entry.slot)
+        assert quantizer is not None
+        with context.access(module, write=False):
+            _search(quantizer, getattr(module, entry.tensor or "").detach())
+
+
+@torch.no_grad()
+def _search(quantizer: TensorQuantizer, weight: Tensor) -> None:
+    """Give the rest of a weight the ranges with the least rounding error; they are at max."""
+    spec, largest, transforms = quantizer.spec, quantizer.range, quantizer.transforms
+    fixed = spec.dynamic or spec.constant_amax is not None or spec.then is not None
+    if fixed or quantizer.codec.fitted or largest is None or transforms is None:
+        return
+    rest, _ = transforms.prepare(weight.float())
+    quantizer.set_range(best_range(rest, largest, spec, candidates=multipliers(spec, octaves=1)))
 
 
 def _check(name: str, value: float, *, least: int) -> None:
@@ -164,6 +194,7 @@ def _add(
     *,
     rank: int,
     rounds: int,
+    search: bool,
 ) -> None:
     """Give one layer its branch."""
     module = model.get_submodule(entry.module)
@@ -187,6 +218,8 @@ def _add(
             left, right = (a.t(), b.t()) if inputs_first else (b, a)
             quantizer.set_low_rank(LowRank(left.to(parameter), right.to(parameter)))
             quantizer.calibrate_on(parameter)
+            if search:
+                _search(quantizer, parameter)
             rest = _turned(quantizer(wide), inputs_first).double()
             return goal - rest - b @ a
 
