@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bittern.calibration.columns import errors_of, factorize, round_columns
+from bittern.calibration.columns import errors_of, factorize, refine_columns, round_columns
 
 STEP = 0.25
 
@@ -105,3 +105,24 @@ def test_an_input_that_was_always_zero_is_rounded_to_nearest() -> None:
     torch.testing.assert_close(
         found[..., kept], round_columns(weight[..., kept], rest, nearest, block=4)
     )
+
+
+@pytest.mark.parametrize("block", [5, 64])
+def test_refined_columns_are_the_best_that_one_change_can_reach(block: int) -> None:
+    weight, matrix = problem(8, 24)
+    factor = factorize(matrix, damp=0.01)
+    assert factor is not None
+    whole = factor.damped(matrix)
+    torch.testing.assert_close(whole[0].double(), damped(matrix[0], 0.01))
+    found = round_columns(weight, factor, nearest, block=8)
+    costs = [errors_of(found - weight, whole)]
+    for _ in range(30):
+        found = refine_columns(weight, found, whole, nearest, block=block)
+        costs.append(errors_of(found - weight, whole))
+        assert (costs[-1] <= costs[-2] * (1 + 1e-5)).all()
+    assert costs[-1].sum() < 0.95 * costs[0].sum()
+    for column in range(24):
+        for step in (-STEP, STEP):
+            other = found.clone()
+            other[..., column] += step
+            assert (errors_of(other - weight, whole) >= costs[-1] * (1 - 1e-5)).all()

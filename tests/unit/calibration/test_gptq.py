@@ -89,6 +89,13 @@ def test_scales_and_order_of_columns_can_be_chosen() -> None:
     assert found[True, "mse"] < found[False, "mse"]  # some inputs are much larger than others
 
 
+def test_more_passes_come_closer() -> None:
+    plain, once, again = build(), build(), build()
+    bt.quantize(once, recipe(FORMATS["int4"], passes=0), data())
+    bt.quantize(again, recipe(FORMATS["int4"]), data())
+    assert error(again, plain, data()) < 0.97 * error(once, plain, data())
+
+
 def test_ranges_at_max_are_those_of_max_calibration() -> None:
     model, largest = build(), build()
     bt.quantize(model, recipe("int4", scales="max", act_order=True), data())
@@ -205,7 +212,12 @@ def test_an_error_in_a_later_step_puts_the_weights_back() -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"scales": "best"}, "choose max or mse"), ({"damp": 0}, "damp"), ({"block": 0}, "block")],
+    [
+        ({"scales": "best"}, "choose max or mse"),
+        ({"damp": 0}, "damp"),
+        ({"block": 0}, "block"),
+        ({"passes": -1}, "passes"),
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(CalibrationError, match=words):
