@@ -164,7 +164,7 @@ def main() -> None:
         assert found is not None
         return found
 
-    plain = load(args.model, args.device, outliers=args.outliers)
+    plain = load(args.model, args.device, variant="outliers" if args.outliers else "plain")
     base = measure(plain)
     if args.unquantized:
         model = copy.deepcopy(plain)
