@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import bittern as bt
 from bittern.calibration.learned import LearnedWeight, gaps
+from bittern.calibration.pieces import Pieces
+from bittern.calibration.replay import BlockRun, Call
 from bittern.errors import CalibrationError
 from bittern.nn import QuantModule, named_quantizers
 from bittern.numerics import codec_of, measure
@@ -319,3 +321,25 @@ def test_a_failure_later_puts_the_weights_back(
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(CalibrationError, match=r"step"):
         bt.quantize(build(), recipe(int4(), **options), batches())
+
+
+def test_what_was_learned_is_judged_by_rows_that_were_not_seen() -> None:
+    torch.manual_seed(0)
+    calls = [Call((torch.randn(size, 8),), {}) for size in (6, 10, 5)]
+    pieces = Pieces(BlockRun("", nn.Linear(8, 8), calls), rows=3, seed=0)
+    held = {(p.call, int(r)) for step in pieces.checks(99) for p in step for r in p.rows}
+    taught = set()
+    for _, step in zip(range(40), pieces, strict=False):
+        taught |= {
+            (p.call, r)
+            for p in step
+            for r in (p.rows.tolist() if p.rows is not None else range(len(calls[p.call].args[0])))
+        }
+    assert len(held) == 21 // 8
+    assert not held & taught
+    assert len(held | taught) == 21
+
+
+def test_few_rows_are_all_learned_from() -> None:
+    pieces = Pieces(BlockRun("", nn.Linear(8, 8), [Call((torch.randn(4, 8),), {})]), rows=2, seed=0)
+    assert sum(len(p.rows) for step in pieces.checks(2) for p in step) == 4

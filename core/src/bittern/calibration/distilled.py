@@ -12,7 +12,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def run_distill_rounding(
         pieces = Pieces(calls, rows=rows, seed=seed)
         stack.enter_context(rounding.given())
         taken = iter(pieces)
-        checks = list(islice(taken, _CHECKS))
+        checks = pieces.checks(_CHECKS)
         loss = partial(_loss, calls, pieces, half=half)
         before = _error(loss, checks, rounding.weights())
         losses = (partial(loss, step) for step in taken)

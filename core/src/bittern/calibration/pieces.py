@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bittern.nn import quantizers_off
 
 __all__ = ["Piece", "Pieces", "floats", "in_half"]
 
+_HELD = 8  # one of so many rows, or calls, is held out
 _CLOSE = 2e-2  # rows alone give what they give among others, up to kernels
 
 
@@ -31,7 +33,8 @@ class Pieces:
     """Cuts the calls of a module into pieces of a few rows.
 
     A call is cut along the first dimension of what has as many rows as its input, if the module
-    then computes the same, which is tried once.
+    then computes the same, which is tried once. An eighth of the rows is held out, where there are
+    enough: what was learned from the others is judged by them.
 
     Args:
         block: The module and its calls.
@@ -50,16 +53,48 @@ class Pieces:
         self._generator = torch.Generator().manual_seed(seed)
         self._sizes = [_size(block.inputs(index)) for index in range(block.batches)]
         self._cut = self._can_be_cut()
+        self._taught, self._held = self._parted()
+
+    def checks(self, count: int) -> list[tuple[Piece, ...]]:
+        """Return up to ``count`` steps of rows that are held out; of any, where none are.
+
+        Args:
+            count: How many steps, at most.
+        """
+        held: list[tuple[Piece, ...]] = [
+            (Piece(call, part),)
+            for call, rows in self._held.items()
+            for part in (torch.split(rows, self._rows) if rows is not None else [None])
+        ]
+        return held[:count] or list(islice(self, count))
+
+    def _parted(self) -> tuple[dict[int, Tensor | None], dict[int, Tensor | None]]:
+        """Return the rows of every call to learn from, and those held out; ``None`` for all."""
+        taught: dict[int, Tensor | None] = dict.fromkeys(range(len(self._sizes)))
+        held: dict[int, Tensor | None] = {}
+        if not self._cut:
+            for call in range(len(self._sizes) // _HELD):
+                held[call] = taught.pop(call)
+            return taught, held
+        numbered = torch.split(torch.arange(sum(self._sizes)), self._sizes)
+        for call, rows in enumerate(numbered):
+            chosen = rows % _HELD == _HELD - 1
+            if bool(chosen.any()) and not bool(chosen.all()):
+                held[call] = chosen.nonzero().flatten()
+                taught[call] = (~chosen).nonzero().flatten()
+        return taught, held
 
     def __iter__(self) -> Iterator[tuple[Piece, ...]]:
-        """Yield the pieces of a step, without end: all rows in some order, and again."""
+        """Yield the pieces of a step, without end: all that are not held out, and again."""
         while True:
             chunks: list[tuple[int, Piece]] = []
-            for call, size in enumerate(self._sizes):
-                if not self._cut or size <= self._rows:
+            for call, taught in self._taught.items():
+                size = self._sizes[call]
+                if taught is None and (not self._cut or size <= self._rows):
                     chunks.append((size, Piece(call, None)))
                     continue
-                order = torch.randperm(size, generator=self._generator)
+                known = torch.arange(size) if taught is None else taught
+                order = known[torch.randperm(len(known), generator=self._generator)]
                 parts = torch.split(order, self._rows)
                 chunks += [(len(part), Piece(call, part)) for part in parts]
             count = 0

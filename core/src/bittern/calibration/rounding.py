@@ -15,7 +15,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,8 @@ def run_learn_rounding(
 
     What has no range yet gets one: activations the largest magnitude, weights the range with the
     least error of their outputs. Weights in no block, and those that are not learned, are left at
-    that. Where learning did not lower the error, the block is rounded to nearest.
+    that. Where learning did not lower the error on rows that were held out, the block is rounded to
+    nearest.
 
     Args:
         model: The converted model.
@@ -96,7 +96,7 @@ def run_learn_rounding(
         task = _Task(block, pieces, half=half)
         stack.enter_context(rounding.given())
         taken = iter(pieces)
-        checks = list(islice(taken, _CHECKS))
+        checks = pieces.checks(_CHECKS)
         before = task.error(checks, rounding.weights())
         losses = (partial(task.loss, step) for step in taken)
         rounding.learn(losses, pace)
