@@ -52,7 +52,7 @@ def run_gptq(
     act_order: bool = True,
     scales: str = "mse",
     true_sequential: bool = False,
-    passes: int = 4,
+    passes: int = 0,
 ) -> None:
     """Round all planned weights; static activations get the largest magnitude as their range.
 
@@ -74,7 +74,7 @@ def run_gptq(
         true_sequential: Whether the weights of a block, too, are fitted to what the rounded ones
             before them compute; for one data pass more per tensor that weights read.
         passes: How often all columns are rounded once more, each with the others as they are. It
-            costs a fraction of the data pass.
+            lowers the error on the calibration data; where measured, perplexity did not follow.
 
     Raises:
         CalibrationError: An option is out of range, there is no data, or NaN or Inf was met.
