@@ -1,4 +1,4 @@
-"""What each recipe costs in perplexity: the table of docs/explanation/quality.md.
+"""What each recipe costs in perplexity, as a table.
 
     python benchmarks/quality.py MODEL CALIB.npy EVAL.npy [RECIPE ...] [--device cuda] [--rows N]
         [--variants plain outliers inner] [--seeds 3] [--json FILE]
