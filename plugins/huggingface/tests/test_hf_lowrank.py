@@ -28,7 +28,8 @@ def test_a_conv1d_adds_its_branch_to_what_its_rounded_rest_gives() -> None:
     branch = quantizer.transforms.low_rank
     assert branch.left.shape == (32, 4)
     assert branch.right.shape == (4, 48)
-    rest = fake_quantize(layer.weight - branch.left @ branch.right, quantizer.spec)
+    rest = layer.weight - branch.left @ branch.right
+    rest = fake_quantize(rest, quantizer.spec, quantizer.scales)
     reference = layer.input_quantizer(x) @ rest + layer.bias + x @ branch.left @ branch.right
     torch.testing.assert_close(layer(x), reference)
     with quantizers_off(model):

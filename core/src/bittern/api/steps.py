@@ -205,7 +205,11 @@ def calibrate(
 
 
 def revert(model: nn.Module) -> None:
-    """Give a quantized model its original classes back, in place."""
+    """Give a quantized model its original classes back, in place.
+
+    Weights that an algorithm wrote (``awq``, ``gptq``, ``learn-rounding``) stay as it wrote them:
+    keep a copy of the model, or load it again, for the weights of before.
+    """
     from bittern.convert import revert as undo
 
     undo(model)

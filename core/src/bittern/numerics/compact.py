@@ -7,6 +7,7 @@ scales of nvfp4 are e4m3, all others float32. Zero points are packed as codes ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -50,7 +51,9 @@ def compact(quantized: Quantized) -> dict[str, Tensor]:
         scale = e4m3_scales(scale)
     found = {"codes": _pack(quantized.codes, spec.format.bits), "scale": scale.contiguous()}
     if scales.zero_point is not None:
-        found["zero_point"] = _pack(scales.zero_point.to(codec.storage), spec.format.bits)
+        zero = scales.zero_point.to(codec.storage)
+        zero = zero.reshape(_zeros(zero.shape, spec.format.bits))
+        found["zero_point"] = _pack(zero, spec.format.bits)
     if scales.global_scale is not None:
         found["global_scale"] = scales.global_scale.contiguous()
     return found
@@ -106,7 +109,7 @@ def compact_layout(shape: Shape, spec: QuantizerSpec) -> dict[str, tuple[Shape, 
         "scale": (scales, _scale_dtype(spec, codec)),
     }
     if codec.asymmetric:
-        found["zero_point"] = _packed_layout(scales, bits, codec.storage)
+        found["zero_point"] = _packed_layout(_zeros(scales, bits), bits, codec.storage)
     if codec.two_level:
         stack = (shape[0], *([1] * (len(shape) - 1))) if spec.stacked else ()
         found["global_scale"] = (stack, torch.float32)
@@ -118,8 +121,14 @@ def _scales(parts: Mapping[str, Tensor], spec: QuantizerSpec, codec: Codec) -> S
     scale = e8m0_scales(scale) if scale.dtype == torch.uint8 else scale.float()
     zero = parts.get("zero_point")
     if zero is not None:
-        zero = _unpack(zero, spec.format.bits, tuple(scale.shape), codec.storage).float()
+        bits, shape = spec.format.bits, tuple(scale.shape)
+        zero = _unpack(zero, bits, _zeros(shape, bits), codec.storage).reshape(shape).float()
     return Scales(scale, zero, parts.get("global_scale"))
+
+
+def _zeros(shape: Shape, bits: int) -> Shape:
+    """Return the shape in which zero points are packed: few per row do not fill a word."""
+    return tuple(shape) if bits in (4, 8) else (math.prod(shape),)
 
 
 def _scale_dtype(spec: QuantizerSpec, codec: Codec) -> torch.dtype:
