@@ -102,7 +102,7 @@ def register_modes() -> list[Mode]:
 
 @hookimpl
 def register_algorithms() -> list[Algorithm]:
-    """Max, percentile, entropy and mse calibration, SmoothQuant, BatchNorm folding."""
+    """Ranges, scales that move between layers, and roundings of weights."""
     return [
         Algorithm(
             name="max",

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
+from bittern.calibration.moves import check_followed
 from bittern.errors import CalibrationError
 from bittern.nn.batchnorm import FoldedBatchNorm, freeze, is_folded, is_plain, keep_shift
 from bittern.records import Plan
@@ -84,11 +85,7 @@ def run_fold_batchnorm(
     }
     if not norms:
         return
-    if plan.algorithm and plan.algorithm[-1][0] == NAME:
-        raise CalibrationError(
-            f"{NAME} changes weights, and no step after it takes their ranges",
-            hint=f"put it first: algorithm: [{NAME}, max]",
-        )
+    check_followed(NAME, plan)
     trace = context.trace()
     if trace is None:
         raise CalibrationError(

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext
 from bittern.errors import CalibrationError
-from bittern.nn import (
-    QuantModule,
-    TensorQuantizer,
-    named_quant_modules,
-    named_quantizers,
-    quantizers_of,
-)
+from bittern.nn import named_quant_modules, named_quantizers, quantizers_of
 from bittern.runtime import Fingerprint
 from bittern.runtime.access import whole
 from bittern.runtime.ondisk import places_of
@@ -89,23 +83,24 @@ def sampled(model: nn.Module) -> dict[str, str]:
     found = {}
     elsewhere = places_of(model)
     for name, tensor in _own(model).items():
-        real = elsewhere[name].load(tensor.dtype) if name in elsewhere else tensor.detach()
+        real = elsewhere[name].load() if name in elsewhere else tensor.detach()
         flat = whole(real).reshape(-1)
+        few = flat[:: max(1, len(flat) // 64)].to(tensor.dtype, copy=True)
         mark = Fingerprint()
-        mark.update([str(tuple(tensor.shape)), flat[:: max(1, len(flat) // 64)].clone()])
+        mark.update([str(tuple(tensor.shape)), few])
         mark.close()
         found[name] = mark.value[-12:]
     return found
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, without those of quantizers."""
-    inner = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if isinstance(module, QuantModule)
-        for name, child in module.named_children()
-        if isinstance(child, TensorQuantizer)
-    }
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {n: t for n, t in tensors.items() if not any(n.startswith(f"{i}.") for i in inner)}
+    """Return parameters and buffers, each once, without those of quantizers."""
+    inside = {id(m) for _, q in named_quantizers(model) for m in q.modules()}
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if id(module) not in inside:
+            prefix = f"{path}." if path else ""
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            found |= {prefix + name: tensor for name, tensor in own}
+    first = {id(tensor): name for name, tensor in reversed(found.items())}
+    return {name: tensor for name, tensor in found.items() if first[id(tensor)] == name}

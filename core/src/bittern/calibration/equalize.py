@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
-from bittern.calibration.moves import move, rows_of, tensor_of
-from bittern.errors import CalibrationError
+from bittern.calibration.moves import check_followed, move, rows_of, tensor_of
 from bittern.records import Fold, Member, Plan
 
 __all__ = ["run_equalize"]
@@ -56,11 +55,7 @@ def run_equalize(
     Raises:
         CalibrationError: No step that sets ranges follows.
     """
-    if plan.algorithm and plan.algorithm[-1][0] == NAME:
-        raise CalibrationError(
-            f"{NAME} changes weights, and no step after it takes their ranges",
-            hint=f"put it first: algorithm: [{NAME}, max]",
-        )
+    check_followed(NAME, plan)
     trace = context.trace()
     if trace is None:
         log.info("not equalized: there are no example inputs to trace the model on")

@@ -7,8 +7,8 @@ data pass is enough for all algorithms that weigh errors so, whatever they try.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.products import MatrixLayout, Product, watch_products
 from bittern.calibration.reduce import agree, reduce_sum
 from bittern.errors import CalibrationError
-from bittern.nn import QuantModule, TensorQuantizer
+from bittern.nn import QuantModule, TensorQuantizer, switched_off
 from bittern.records import Plan
 
 __all__ = ["Gram", "observe_grams", "planned_weights"]
@@ -98,7 +98,8 @@ def observe_grams(
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if not quantized:
-            stack.enter_context(_activations_off(model, context))
+            inputs = (q for _, q in context.quantizers(model) if q.tensor is None)
+            stack.enter_context(switched_off(inputs))
         stack.enter_context(watch_products(weights, sums.add))
         forward()
     sums.close()
@@ -112,18 +113,6 @@ def observe_grams(
             )
             break
     return _reduced(sums, problem)
-
-
-@contextmanager
-def _activations_off(model: nn.Module, context: CalibrationContext) -> Iterator[None]:
-    were_on = [q for _, q in context.quantizers(model) if q.tensor is None and q.enabled]
-    try:
-        for quantizer in were_on:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer in were_on:
-            quantizer.enabled = True
 
 
 @dataclass(eq=False)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.max import run_max
+from bittern.calibration.search import searchable
 from bittern.errors import CalibrationError
-from bittern.nn import TensorQuantizer
 from bittern.numerics import Range, codec_of, fake_quantize, scales_for
 from bittern.numerics.layout import as_blocks, as_scale, block_dims
 from bittern.records import Plan, QuantizerSpec
@@ -64,7 +64,8 @@ def run_hqq(
         raise CalibrationError(f"rounds is {rounds}", hint="choose a whole number, as 8")
     run_max(model, plan, forward, context)
     for _, module in context.modules(model):
-        fitted = [q for q in module.slots().values() if q.tensor is not None and _free(q)]
+        weights = [q for q in module.slots().values() if q.tensor is not None]
+        fitted = [q for q in weights if searchable(q) and not q.codec.fitted]
         if not fitted:
             continue
         with context.access(module, write=False):
@@ -73,14 +74,6 @@ def run_hqq(
                 start = quantizer.range
                 assert start is not None
                 quantizer.set_range(fit_range(weight, start, quantizer.spec, p=p, rounds=rounds))
-
-
-def _free(quantizer: TensorQuantizer) -> bool:
-    """Return whether rounding a weight is all that its quantizer does, in a range of its choice."""
-    spec = quantizer.spec
-    plain = quantizer.transforms is None and spec.then is None
-    given = spec.dynamic or spec.constant_amax is not None
-    return plain and not given and not codec_of(spec.format).fitted
 
 
 @torch.no_grad()

@@ -11,9 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext
-from bittern.records import Fold, Member
+from bittern.errors import CalibrationError
+from bittern.records import Fold, Member, Plan
 
-__all__ = ["move", "rows_of", "tensor_of"]
+__all__ = ["check_followed", "move", "rows_of", "tensor_of"]
+
+
+def check_followed(name: str, plan: Plan) -> None:
+    """Raise if a step that changes weights is the last one.
+
+    Args:
+        name: The step.
+        plan: The plan.
+
+    Raises:
+        CalibrationError: No step that sets ranges follows.
+    """
+    if plan.algorithm and plan.algorithm[-1][0] == name:
+        raise CalibrationError(
+            f"{name} changes weights, and no step after it takes their ranges",
+            hint=f"put it first: algorithm: [{name}, max]",
+        )
 
 
 def move(model: nn.Module, fold: Fold, factor: Tensor, context: CalibrationContext) -> None:

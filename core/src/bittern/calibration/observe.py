@@ -12,7 +12,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.histogram import BINS, Histogram, HistogramObserver, coarsened, empty
 from bittern.calibration.reduce import reduce_max, reduce_sum
 from bittern.errors import CalibrationError
-from bittern.nn import TensorQuantizer
+from bittern.nn import TensorQuantizer, switched_off
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import MaxObserver, Observer
 
@@ -37,18 +37,14 @@ def observe(
         What to raise once all ranks know of it: NaN or Inf in an activation; names the quantizer
         and the batch.
     """
-    were_on = [q for _, q in context.quantizers(model) if q.enabled]
-    try:
-        for quantizer in were_on:  # statistics are those of the unquantized model
-            quantizer.enabled = False
-        for quantizer, observer in observers.values():
-            quantizer.observer = observer
-        forward()
-    finally:
-        for quantizer, _ in observers.values():
-            quantizer.observer = None
-        for quantizer in were_on:
-            quantizer.enabled = True
+    with switched_off(q for _, q in context.quantizers(model)):  # as the unquantized model has it
+        try:
+            for quantizer, observer in observers.values():
+                quantizer.observer = observer
+            forward()
+        finally:
+            for quantizer, _ in observers.values():
+                quantizer.observer = None
     for quantizer, observer in observers.values():
         bad = observer.first_bad_batch()
         if bad is not None:

@@ -41,6 +41,7 @@ from bittern.runtime import (
     prepare,
 )
 from bittern.runtime.ondisk import places_of
+from bittern.runtime.ranks import alone
 from bittern.tracing import Trace
 
 __all__ = ["run_calibration"]
@@ -192,9 +193,7 @@ def _about(
 
 def _own(work_dir: Path) -> Path:
     """Return the work directory of this rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return work_dir
-    return work_dir / f"rank-{dist.get_rank()}"
+    return work_dir if alone() else work_dir / f"rank-{dist.get_rank()}"
 
 
 def _step(

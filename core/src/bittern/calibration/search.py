@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from bittern.errors import CalibrationError
+from bittern.nn import TensorQuantizer
 from bittern.numerics import Range, codec_of, fake_quantize, scales_for
 from bittern.numerics.layout import as_blocks, as_scale, block_dims
 from bittern.records import QuantizerSpec
 
-__all__ = ["Error", "best_multiple", "best_range", "cost", "multipliers", "squared"]
+__all__ = ["Error", "best_multiple", "best_range", "cost", "multipliers", "searchable", "squared"]
 
 # What rounding costs, per element: of the rounded and the original tensor, both float32.
 Error = Callable[[Tensor, Tensor], Tensor]
@@ -39,6 +40,17 @@ def cost(error: Error, rounded: Tensor, x: Tensor) -> Tensor:
             hint="return one cost per element; sums are taken over those that share a scale",
         )
     return found
+
+
+def searchable(quantizer: TensorQuantizer) -> bool:
+    """Return whether rounding a weight is all that its quantizer does, in a range of its choice.
+
+    Args:
+        quantizer: A weight's quantizer.
+    """
+    spec = quantizer.spec
+    plain = quantizer.transforms is None and spec.then is None
+    return plain and not spec.dynamic and spec.constant_amax is None
 
 
 def multipliers(spec: QuantizerSpec, *, octaves: int) -> list[float]:

@@ -22,7 +22,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.reduce import agree
 from bittern.calibration.replay import BlockRun, Replay, Ways, find_ways
 from bittern.calibration.workdir import WorkDir
-from bittern.nn import named_quant_modules, quantizers_of, quantizers_off
+from bittern.nn import named_quant_modules, quantizers_of, quantizers_off, switched_off
 from bittern.records import ModelAdapter, Plan
 from bittern.runtime import Batch
 from bittern.runtime.ondisk import held, places_of, relocate
@@ -76,11 +76,12 @@ def run_by_parts(
     others = [path for path in plan.modules if block_of(path, chains) is None]
     ways = _agreed(model, batches, chains, others)
     parts = find_parts(plan, chains, early=ways.early)
-    two, one = any(s.sequential for s in steps), any(s.original or not s.sequential for s in steps)
+    quantized = any(step.sequential for step in steps)
+    unquantized = any(step.original or not step.sequential for step in steps)
     streams = _Streams(
         model,
-        quantized=Replay(model, batches, chains, ways) if two else None,
-        unquantized=Replay(model, batches, chains, ways) if one else None,
+        quantized=Replay(model, batches, chains, ways) if quantized else None,
+        unquantized=Replay(model, batches, chains, ways) if unquantized else None,
     )
     context.undo.append(partial(relocate, model, places_of(model)))
     waiting = {path for part in parts for path in part.modules}
@@ -245,17 +246,11 @@ def _only(model: nn.Module, context: CalibrationContext) -> Iterator[None]:
 @contextmanager
 def _off(model: nn.Module, modules: set[str]) -> Iterator[None]:
     """Switch off the quantizers of some modules."""
-    found = [
+    found = (
         q
         for path, module in named_quant_modules(model)
         if path in modules
         for _, q in quantizers_of(path, module)
-        if q.enabled
-    ]
-    try:
-        for quantizer in found:
-            quantizer.enabled = False
+    )
+    with switched_off(found):
         yield
-    finally:
-        for quantizer in found:
-            quantizer.enabled = True

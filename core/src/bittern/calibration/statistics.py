@@ -25,7 +25,7 @@ from bittern.calibration.estimators import (
 from bittern.calibration.histogram import BINS, Histogram, check_bins
 from bittern.calibration.max import activations_at_max, run_max, static_activations
 from bittern.calibration.observe import observe_histograms
-from bittern.calibration.search import Error, best_range, multipliers, squared
+from bittern.calibration.search import Error, best_range, multipliers, searchable, squared
 from bittern.calibration.shared import share_ranges
 from bittern.errors import CalibrationError, PluginError
 from bittern.nn import TensorQuantizer
@@ -179,7 +179,7 @@ def _has_histogram(quantizer: TensorQuantizer) -> bool:
 def _weights(model: nn.Module, context: CalibrationContext, error: Error) -> None:
     """Search the ranges of all weights; they are at max."""
     for _, module in context.modules(model):
-        searched = [q for q in module.slots().values() if q.tensor is not None and _searchable(q)]
+        searched = [q for q in module.slots().values() if q.tensor is not None and searchable(q)]
         if not searched:
             continue
         with context.access(module, write=False):
@@ -190,14 +190,6 @@ def _weights(model: nn.Module, context: CalibrationContext, error: Error) -> Non
                 candidates = multipliers(spec, octaves=_OCTAVES)
                 found = best_range(weight, largest, spec, candidates=candidates, error=error)
                 quantizer.set_range(found, weight)
-
-
-def _searchable(quantizer: TensorQuantizer) -> bool:
-    """Return whether rounding a weight is all that its quantizer does, in a range of its choice."""
-    spec = quantizer.spec
-    plain = quantizer.transforms is None and spec.then is None
-    given = spec.dynamic or spec.constant_amax is not None
-    return plain and not given
 
 
 def _error(error: str | Error | None) -> Error:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import difflib
 import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from bittern.errors import CalibrationError
 from bittern.reading import load_tensors, read_json
+from bittern.runtime.files import write_beside
 from bittern.runtime.ondisk import Place
 
 __all__ = ["WorkDir", "read_changes"]
@@ -150,19 +150,10 @@ def _text(about: Any) -> str:
     return json.dumps(about, indent=1, sort_keys=True, default=str)
 
 
-def _write(path: Path, write: Any) -> None:
-    """Write a file beside, and put it in place when it is on the disk."""
-    stage = path.with_name(f".{path.name}.new")
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file of the directory."""
     try:
-        write(stage)
-        with stage.open("rb") as file:
-            os.fsync(file.fileno())
-        stage.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_beside(path, write)
     except OSError as error:
         raise CalibrationError(
             f"{path.name} cannot be written: {error.strerror}",

@@ -11,6 +11,7 @@ from bittern.nn.module import (
     quantizers_of,
     quantizers_off,
     restore_class,
+    switched_off,
 )
 from bittern.nn.quantizer import TensorQuantizer
 
@@ -27,4 +28,5 @@ __all__ = [
     "quantizers_of",
     "quantizers_off",
     "restore_class",
+    "switched_off",
 ]

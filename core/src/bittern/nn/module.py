@@ -7,7 +7,7 @@ its ``isinstance`` answers; it adds one child `TensorQuantizer` per slot.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from inspect import isfunction
@@ -32,6 +32,7 @@ __all__ = [
     "refilled",
     "restore_class",
     "swap_class",
+    "switched_off",
 ]
 
 SUFFIX = "_quantizer"
@@ -220,7 +221,18 @@ def quantizer_keys(model: nn.Module) -> set[str]:
 @contextmanager
 def quantizers_off(model: nn.Module) -> Iterator[None]:
     """Switch every quantizer of a model off: it computes what the original did, bit for bit."""
-    were_on = [q for _, q in named_quantizers(model) if q.enabled]
+    with switched_off(q for _, q in named_quantizers(model)):
+        yield
+
+
+@contextmanager
+def switched_off(quantizers: Iterable[TensorQuantizer]) -> Iterator[None]:
+    """Switch some quantizers off while the block runs; those that were off stay so.
+
+    Args:
+        quantizers: The quantizers.
+    """
+    were_on = [quantizer for quantizer in quantizers if quantizer.enabled]
     try:
         for quantizer in were_on:
             quantizer.enabled = False

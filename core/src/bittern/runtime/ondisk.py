@@ -47,11 +47,11 @@ class Place:
     path: Path
     key: str
 
-    def load(self, dtype: torch.dtype) -> Tensor:
+    def load(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the tensor.
 
         Args:
-            dtype: What it is to be in memory.
+            dtype: What it is to be in memory; by default what it is on the disk.
 
         Raises:
             ModelError: The file is gone or damaged.
@@ -67,7 +67,7 @@ class Place:
                 where=str(self.path),
                 hint="the files of a model that stays on the disk must stay there",
             ) from error
-        return found.to(dtype) if found.dtype != dtype else found
+        return found if dtype is None else found.to(dtype)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import nn
 from bittern.errors import OutputError, PlanError
 from bittern.reading import read_text
 from bittern.runtime import Fingerprint
+from bittern.runtime.files import write_beside
 from bittern.search.sensitivity import Sums
 
 __all__ = ["ScoreFile", "fingerprint_of_batches", "fingerprint_of_model"]
@@ -100,17 +99,10 @@ class ScoreFile:
 
     def _write(self, path: Path) -> None:
         data = {"kind": KIND, "signature": self._signature, "done": self._done}
-        beside = path.with_name(f".{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("w", encoding="utf-8") as file:
-                json.dump(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
+            write_beside(path, lambda stage: stage.write_text(json.dumps(data), encoding="utf-8"))
         except OSError as error:
-            with suppress(OSError):
-                beside.unlink()
             raise OutputError(
                 f"the scores cannot be written: {error.strerror or error}", where=str(path)
             ) from error
