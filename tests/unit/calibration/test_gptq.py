@@ -96,6 +96,35 @@ def test_more_passes_come_closer() -> None:
     assert error(again, plain, data()) < 0.97 * error(once, plain, data())
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbers_before_they_are_rounded_round_to_the_same(name: str) -> None:
+    rounded, waiting, plain = build(), build(), build()
+    bt.quantize(rounded, recipe(FORMATS[name], passes=1), data(2))
+    bt.quantize(waiting, recipe(FORMATS[name], passes=1, rounded=False), data(2))
+    x = data(3)[2]
+    with torch.no_grad():
+        torch.testing.assert_close(waiting(x), rounded(x), rtol=1e-5, atol=1e-5)
+    for path, module in named_quant_modules(waiting):
+        weight = module.get_parameter("weight")
+        assert not torch.equal(weight, rounded.get_parameter(f"{path}.weight"))
+        assert not torch.equal(weight, plain.get_parameter(f"{path}.weight"))
+
+
+def test_learned_rounding_goes_on_from_there() -> None:
+    found = {}
+    for steps in ("gptq", "learn"), ("learn",):
+        model, algorithm = build(), []
+        if "gptq" in steps:
+            algorithm.append({"gptq": {"rounded": False}})
+        algorithm.append({"distill-rounding": {"steps": 1, "lr": 1e-9, "half": False}})
+        bt.quantize(model, recipe(FORMATS["int4 channel"]) | {"algorithm": algorithm}, data(4))
+        found[steps] = error(model, build(), data(4))
+    alone = build()
+    bt.quantize(alone, recipe(FORMATS["int4 channel"]), data(4))
+    assert found["gptq", "learn"] == pytest.approx(error(alone, build(), data(4)), rel=1e-3)
+    assert found["gptq", "learn"] < 0.8 * found["learn",]
+
+
 def test_ranges_at_max_are_those_of_max_calibration() -> None:
     model, largest = build(), build()
     bt.quantize(model, recipe("int4", scales="max", act_order=True), data())

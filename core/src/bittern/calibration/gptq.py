@@ -53,6 +53,7 @@ def run_gptq(
     scales: str = "mse",
     true_sequential: bool = False,
     passes: int = 0,
+    rounded: bool = True,
 ) -> None:
     """Round all planned weights; static activations get the largest magnitude as their range.
 
@@ -74,7 +75,11 @@ def run_gptq(
         true_sequential: Whether the weights of a block, too, are fitted to what the rounded ones
             before them compute; for one data pass more per tensor that weights read.
         passes: How often all columns are rounded once more, each with the others as they are. It
-            lowers the error on the calibration data; where measured, perplexity did not follow.
+            lowers the error on the calibration data; perplexity did not always follow.
+        rounded: Whether weights hold the rounded numbers. If not, they hold what was rounded to
+            them, and quantizers still round that to the same: a step that learns rounding
+            (``learn-rounding``, ``distill-rounding``) then begins where GPTQ ends, and can turn
+            over what was close.
 
     Raises:
         CalibrationError: An option is out of range, there is no data, or NaN or Inf was met.
@@ -99,6 +104,7 @@ def run_gptq(
         by_size=act_order,
         scales=scales,
         passes=passes,
+        rounded=rounded,
     )
     for number, stage in enumerate(_stages(grams) if true_sequential else [list(weights)]):
         if number:
@@ -132,10 +138,11 @@ class _Rounder:
         by_size: bool,
         scales: str,
         passes: int,
+        rounded: bool,
     ) -> None:
         self._model, self._context = model, context
         self._block, self._damp, self._by_size, self._scales = block, damp, by_size, scales
-        self._passes = passes
+        self._passes, self._keeps = passes, not rounded
         self._factors: tuple[Gram | None, _Order | None] = None, None  # of the last one
         self._done: dict[int, TensorQuantizer] = {}
 
@@ -162,7 +169,12 @@ class _Rounder:
         self._context.remember(module, quantizer.tensor or "")
         if self._scales == "mse":
             _search(quantizer, parameter.detach(), gram, order)
-        _round(name, quantizer, parameter, gram, order, block=self._block, passes=self._passes)
+        weight = parameter.detach().float()
+        found = _round(name, quantizer, weight, gram, order, block=self._block, passes=self._passes)
+        parameter.copy_((found.targets if self._keeps else found.rounded).to(parameter.dtype))
+        quantizer.clear_cache()
+        if quantizer.then is not None:
+            quantizer.then.calibrate_on(found.rounded.to(parameter.dtype))
         return ""
 
     def _order_of(self, gram: Gram) -> _Order | None:
@@ -255,45 +267,50 @@ def _search(quantizer: TensorQuantizer, weight: Tensor, gram: Gram, order: _Orde
     quantizer.calibrate_on(weight, global_amax=values.global_amax, clip=clip)
 
 
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """A weight, as it was rounded, and what was rounded to that; float32."""
+
+    rounded: Tensor
+    targets: Tensor
+
+
 def _round(
     name: str,
     quantizer: TensorQuantizer,
-    parameter: Tensor,
+    weight: Tensor,
     gram: Gram,
     order: _Order,
     *,
     block: int,
     passes: int,
-) -> None:
-    """Write rounded numbers to a weight."""
+) -> _Rounded:
+    """Round a weight, float32."""
     spec, layout, scales = quantizer.spec, gram.layout, quantizer.scales
     assert scales is not None
-    weight = parameter.detach().float()
     matrices = layout.matrices(weight)
-    column = _Rounding(quantizer, scales, weight, gram, order).column
+    rounding = _Rounding(quantizer, scales, weight, gram, order)
     sorted_ = order.sort(matrices)
-    found = round_columns(sorted_, order.factor, column, block=block)
+    found = round_columns(sorted_, order.factor, rounding.column, block=block)
     for _ in range(passes):
-        found = refine_columns(sorted_, found, order.matrix, column, block=block)
-    found = order.unsort(found)
+        found = refine_columns(sorted_, found, order.matrix, rounding.column, block=block)
+    found, targets = order.unsort(found), order.unsort(rounding.targets)
     nearest = layout.matrices(fake_quantize(weight, spec, scales))
     errors, plain = (errors_of(x - matrices, gram.matrix) for x in (found, nearest))
     worse = ~(errors < plain)
     found = torch.where(worse.unsqueeze(-1), nearest, found)
+    targets = torch.where(worse.unsqueeze(-1), matrices, targets)
     log.info(
         "%s: the squared error of its outputs is %.3g of that of rounding to nearest",
         name,
         float(torch.where(worse, plain, errors).sum() / plain.sum().clamp_min(1e-30)),
     )
     rounded = fake_quantize(layout.weight(found, weight.shape), spec, scales)
-    parameter.copy_(rounded.to(parameter.dtype))
-    quantizer.clear_cache()
-    if quantizer.then is not None:
-        quantizer.then.calibrate_on(parameter.detach())
+    return _Rounded(rounded, layout.weight(targets, weight.shape))
 
 
 class _Rounding:
-    """Rounds single columns of a weight by its format's rule."""
+    """Rounds single columns of a weight by its format's rule, and keeps what they were."""
 
     def __init__(
         self, quantizer: TensorQuantizer, scales: Scales, weight: Tensor, gram: Gram, order: _Order
@@ -310,13 +327,20 @@ class _Rounding:
 
         self._codec = quantizer.codec
         self._step = columns(scales.step)
+        self._targets = torch.empty_like(self._step)
         self._zero = None if scales.zero_point is None else columns(scales.zero_point)
 
     def column(self, j: int, x: Tensor) -> Tensor:
         """Return column ``j``, rounded."""
+        self._targets[j] = x
         step = self._step[j]
         values = x / step
         if self._zero is None:
             return self._codec.round_(values).mul_(step)
         zero = self._zero[j]
         return self._codec.round_(values.round_().add_(zero)).sub_(zero).mul_(step)
+
+    @property
+    def targets(self) -> Tensor:
+        """What was rounded last, ``(parts, outputs, inputs)`` in their order."""
+        return self._targets.permute(1, 2, 0)
