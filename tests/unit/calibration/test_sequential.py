@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -81,6 +82,24 @@ class Twice(Model):
         x = self.stem(x)
         for layer in [*self.layers, *self.layers]:
             x = layer(x)[0]
+        found: Tensor = self.head(x)
+        return found
+
+
+class Routed(Model):
+    """Some batches, known by their first number, skip the middle block or leave early."""
+
+    def __init__(self, skips: float = 0.0, leaves: float = 0.0) -> None:
+        super().__init__(depth=4)
+        self.skips, self.leaves = skips, leaves
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = float(x[0, 0])
+        x = self.layers[0](self.stem(x))[0]
+        if first != self.skips:
+            x = self.layers[1](x)[0]
+        if first != self.leaves:
+            x = self.layers[3](self.layers[2](x)[0])[0]
         found: Tensor = self.head(x)
         return found
 
@@ -183,6 +202,52 @@ def test_originals_are_those_of_the_model_before(kind: type[Model], run: Run) ->
         if f["block"]:
             for a, b in zip(f["original"], outputs[f["block"]], strict=True):
                 torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("skips", [0, 1])
+@pytest.mark.parametrize("leaves", [1, 2])
+def test_a_block_that_a_batch_does_not_reach_shifts_no_other_batch(
+    skips: int, leaves: int, run: Run
+) -> None:
+    data = batches(4)
+    numbers = float(data[skips][0, 0]), float(data[leaves][0, 0])
+    model = build(Routed, *numbers)
+    plain = copy.deepcopy(model)
+    found = run(model, data)
+    inputs: dict[str, list[Tensor]] = {}
+    originals: dict[str, list[Tensor]] = {}
+    for name in [*(f"layers.{index}" for index in range(4)), "head"]:
+        up = model.get_submodule(name if name == "head" else f"{name}.up")
+        up.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.setdefault(name, []).append(args[0])
+        )
+        plain.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: originals.setdefault(name, []).append(out[0])
+        )
+    with torch.no_grad():
+        for x in data:
+            model(x), plain(x)
+    reached = {"layers.0": 4, "layers.1": 3, "layers.2": 3, "layers.3": 3, "head": 4}
+    for f in found[1:]:
+        name = f["block"] or "head"
+        assert len(f["inputs"]) == reached[name]
+        torch.testing.assert_close(f["inputs"], inputs[name])
+        if f["block"]:
+            assert f["passes"] == reached[name]
+            torch.testing.assert_close(f["original"], originals[name])
+
+
+def test_each_call_of_a_block_has_the_number_and_the_mask_of_its_batch() -> None:
+    data = batches(4)
+    model = build(Routed, float(data[1][0, 0]))
+    prepared = [prepare(x, model, ModelAdapter(), index=i) for i, x in enumerate(data)]
+    prepared = [replace(b, mask=torch.full((2, 4), i)) for i, b in enumerate(prepared)]
+    chains = find_chains(model, ModelAdapter())
+    replay = Replay(model, prepared, chains, find_ways(model, prepared, chains))
+    replay.leave(replay.enter("layers.0"))
+    block = replay.enter("layers.1")
+    assert [block.batch(index) for index in range(block.batches)] == [0, 2, 3]
+    assert [int(block.mask(index)[0, 0]) for index in range(block.batches)] == [0, 2, 3]
 
 
 def test_blocks_that_write_into_their_input_get_it_fresh(run: Run) -> None:

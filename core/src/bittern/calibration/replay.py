@@ -4,12 +4,14 @@ The inputs of a block are found by running the model up to it. Blocks that are d
 again: in their place stands what the last of them returned, so a pass costs the embedding and one
 block, and masks and positions come from the model itself. That is right for models whose blocks
 pass on one stream. Whether this one does is tried on the first batch; a model whose blocks are
-called twice, or look further back, is run whole.
+called twice, or look further back, is run whole. A block that a batch does not reach (an early
+exit, a mixture of depths) has no call of this batch, and what came before it stays the last output.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -30,10 +32,17 @@ _CLOSE = 1e-2  # kernels round differently now and then; a wrong input is far of
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a block."""
+    """The arguments of one call of a block.
+
+    Attributes:
+        args: Positional ones.
+        kwargs: Those by name.
+        batch: Number of the batch that is running.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    batch: int = 0
 
 
 class _Reached(Exception):  # noqa: N818
@@ -65,25 +74,32 @@ class BlockRun:
         self._originals = originals
         self._masks = masks
 
-    def beside(self, originals: Sequence[Any]) -> BlockRun:
-        """Return the block with what the unquantized one returned.
+    def beside(self, original: BlockRun, outputs: Sequence[Any]) -> BlockRun:
+        """Return the block with what the unquantized one returned, in the calls that both have.
 
         Args:
-            originals: One output per call.
+            original: The block after unquantized ones.
+            outputs: What it returned, one per call.
         """
+        known = dict(zip(_places(original._calls), outputs, strict=True))
+        both = [(i, place) for i, place in enumerate(_places(self._calls)) if place in known]
         return BlockRun(
             self.name,
             self.module,
-            self._calls,
+            [self._calls[index] for index, _ in both],
             fresh=self._fresh,
-            originals=originals,
-            masks=self._masks,
+            originals=[known[place] for _, place in both],
+            masks=[self._masks[index] for index, _ in both] if self._masks else (),
         )
 
     @property
     def batches(self) -> int:
         """How often the block is called in a data pass."""
         return len(self._calls)
+
+    def batch(self, index: int) -> int:
+        """Return the number of the batch that a call belongs to."""
+        return self._calls[index].batch
 
     def inputs(self, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and keyword arguments of a call."""
@@ -141,7 +157,7 @@ class Replay:
         ways: How they can be run.
 
     Attributes:
-        outputs: What the last block that is done returned, per chain and batch.
+        outputs: What the last block that is done and was reached returned, per chain and batch.
     """
 
     def __init__(
@@ -157,7 +173,8 @@ class Replay:
         self._stub = ways.stub
         self._fresh = ways.fresh
         self._done: list[str] = []
-        self.outputs: dict[int, Sequence[Any]] = {}
+        self.outputs: dict[int, dict[int, Any]] = {}
+        self._running = 0  # number of the batch
 
     @torch.no_grad()
     def enter(self, name: str) -> BlockRun:
@@ -166,7 +183,8 @@ class Replay:
         calls: list[Call] = []
 
         def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(_alike(Call(args, dict(kwargs)), calls[-1] if calls else None))
+            call = Call(args, dict(kwargs), self._running)
+            calls.append(_alike(call, calls[-1] if calls else None))
             if self._fresh:
                 calls[-1] = copy.deepcopy(calls[-1])
             if self._stub:
@@ -174,13 +192,11 @@ class Replay:
 
         handle = module.register_forward_pre_hook(take, with_kwargs=True)
         try:
-            for index, batch in enumerate(self._batches):
-                with self._stubs(index), suppress(_Reached):
-                    batch.run(self._model)
+            self._run()
         finally:
             handle.remove()
-        one = self._stub and len(calls) == len(self._batches)  # a call is a batch
-        masks = [batch.mask for batch in self._batches] if one else ()
+        # where blocks cannot be replaced, a block may be called with other rows than the batch has
+        masks = [self._batches[call.batch].mask for call in calls] if self._stub else ()
         return BlockRun(name, module, calls, fresh=self._fresh, masks=masks)
 
     @torch.no_grad()
@@ -191,24 +207,36 @@ class Replay:
             block: What `enter` returned, as its outputs are to be: quantized or not.
         """
         outputs = [block.run(index) for index in range(block.batches)]
-        self.done(block.name, outputs)
+        self.done(block, outputs)
         return outputs
 
-    def done(self, name: str, outputs: Sequence[Any] | None = None) -> None:
+    def done(self, block: BlockRun, outputs: Sequence[Any]) -> None:
         """Take a block for done.
 
         Args:
-            name: Its path.
-            outputs: What it returned, one per batch; ``None`` where a later one is taken, too.
+            block: What `enter` returned.
+            outputs: What it returned, one per call.
         """
+        self.skip(block.name)
+        if self._stub:
+            known = self.outputs.setdefault(self._chain[block.name], {})
+            known |= {block.batch(index): output for index, output in enumerate(outputs)}
+
+    def skip(self, name: str) -> None:
+        """Take a block for done whose outputs nobody asks for, or which are in `outputs`."""
         if self._stub:
             self._done.append(name)
-            if outputs is not None:
-                self.outputs[self._chain[name]] = outputs
 
     @torch.no_grad()
-    def rest(self, index: int) -> None:
-        """Run what is in no block on a batch: up to the first block that is not done, if any."""
+    def rest(self, started: Callable[[int], None]) -> int:
+        """Run what is in no block on all batches: up to the first block that is not done, if any.
+
+        Args:
+            started: Called with the number of every batch.
+
+        Returns:
+            How many batches there are.
+        """
         waiting = [name for name in self._chain if name not in self._done] if self._stub else []
 
         def stop(_: nn.Module, args: Any) -> None:
@@ -218,34 +246,37 @@ class Replay:
             for name in waiting:
                 handle = self._model.get_submodule(name).register_forward_pre_hook(stop)
                 stack.callback(handle.remove)
-            stack.enter_context(self._stubs(index))
-            stack.enter_context(suppress(_Reached))
-            self._batches[index].run(self._model)
+            self._run(started)
+        return len(self._batches)
 
-    @contextmanager
-    def _stubs(self, index: int) -> Iterator[None]:
-        """Let blocks that are done return the last output of their chain."""
+    def _run(self, started: Callable[[int], None] = lambda _: None) -> None:
+        """Run the model on all batches, with blocks that are done returning what is known."""
         with ExitStack() as stack:
             for name in self._done:
-                outputs = self.outputs[self._chain[name]]
-                if index < len(outputs):
-                    module = self._model.get_submodule(name)
-                    stack.enter_context(_returning(module, outputs[index]))
+                known = self.outputs.get(self._chain[name], {})
+                stack.enter_context(self._stubbed(self._model.get_submodule(name), known))
+            for index, batch in enumerate(self._batches):
+                self._running = index
+                started(index)
+                with suppress(_Reached):
+                    batch.run(self._model)
+
+    @contextmanager
+    def _stubbed(self, module: nn.Module, known: Mapping[int, Any]) -> Iterator[None]:
+        """Let a block return what is known of the batch that is running."""
+        before, run = module.__dict__.get("forward"), module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return known[self._running] if self._running in known else run(*args, **kwargs)
+
+        module.__dict__["forward"] = forward
+        try:
             yield
-
-
-@contextmanager
-def _returning(module: nn.Module, value: Any) -> Iterator[None]:
-    """Let a module return a value without running."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = lambda *_, **__: value
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+        finally:
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = before
 
 
 @torch.no_grad()
@@ -309,7 +340,7 @@ def _try(
         fresh |= not _same(once, twice) or before != _versions(block.inputs(last))
         if expected is not None and not _same(once, expected[name]):
             return False, True
-        replay.done(name, [output])
+        replay.done(block, [output] * block.batches)
     return stub, fresh
 
 
@@ -323,7 +354,17 @@ def _alike(call: Call, before: Call | None) -> Call:
         return call
     shared = [k if _equal(x, k) else x for x, k in zip(leaves, known, strict=True)]
     args, kwargs = pytree.tree_unflatten(shared, structure)
-    return Call(args, kwargs)
+    return Call(args, kwargs, call.batch)
+
+
+def _places(calls: Sequence[Call]) -> list[tuple[int, int]]:
+    """Return for every call its batch, and the how many-th of this batch it is."""
+    count: Counter[int] = Counter()
+    found = []
+    for call in calls:
+        found.append((call.batch, count[call.batch]))
+        count[call.batch] += 1
+    return found
 
 
 def _equal(x: Any, other: Any) -> bool:

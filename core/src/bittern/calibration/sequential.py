@@ -104,7 +104,7 @@ def run_by_parts(
             with _off(model, waiting - set(part.modules)):
                 streams.enter(part)
                 for step in steps:
-                    forward = streams.forward(step, len(batches), own, wrap)
+                    forward = streams.forward(step, own, wrap)
                     step.run(
                         plan.part(part.modules), forward, replace(own, block=streams.block(step))
                     )
@@ -152,11 +152,12 @@ class _Streams:
         self._quantized = quantized
         self._unquantized = unquantized
         self._block: BlockRun | None = None
+        self._beside: BlockRun | None = None  # the same, with what the unquantized one returned
         self._before: BlockRun | None = None
 
     def enter(self, part: Part) -> None:
         """Find the inputs of a part."""
-        self._block = self._before = None
+        self._block = self._beside = self._before = None
         if not part.name:
             return
         if self._unquantized is not None:
@@ -166,7 +167,7 @@ class _Streams:
         if self._quantized is not None:
             self._block = self._quantized.enter(part.name)
             if self._before is not None:
-                self._block = self._block.beside(outputs)
+                self._beside = self._block.beside(self._before, outputs)
 
     def leave(self) -> None:
         """Run the part as it is now."""
@@ -182,14 +183,17 @@ class _Streams:
         """
         for replay in (self._quantized, self._unquantized):
             if replay is not None and part.name:
-                replay.done(part.name)
+                replay.skip(part.name)
         if state is not None:
             self.take(state)
 
     def state(self) -> dict[str, Any]:
         """Return what the next part needs: what blocks returned, where random numbers are."""
         outputs = {
-            name: {str(chain): list(found) for chain, found in replay.outputs.items()}
+            name: {
+                str(chain): {str(batch): output for batch, output in found.items()}
+                for chain, found in replay.outputs.items()
+            }
             for name, replay in (("quantized", self._quantized), ("original", self._unquantized))
             if replay is not None
         }
@@ -199,17 +203,21 @@ class _Streams:
         """Go on from what `state` returned."""
         for name, replay in (("quantized", self._quantized), ("original", self._unquantized)):
             if replay is not None:
-                replay.outputs = {int(chain): found for chain, found in state[name].items()}
+                replay.outputs = {
+                    int(chain): {int(batch): output for batch, output in found.items()}
+                    for chain, found in state[name].items()
+                }
         torch.set_rng_state(state["random"])
 
     def block(self, step: Step) -> BlockRun | None:
         """Return the block as a step sees it."""
-        return self._block if step.sequential else self._before
+        if not step.sequential:
+            return self._before
+        return self._beside if step.original else self._block
 
     def forward(
         self,
         step: Step,
-        batches: int,
         context: CalibrationContext,
         wrap: Callable[[Forward], int],
     ) -> Forward:
@@ -219,14 +227,12 @@ class _Streams:
         assert replay is not None
 
         def run() -> int:
-            count = batches if block is None else block.batches
-            for index in range(count):
-                context.shared.batch = index
-                if block is None:
-                    replay.rest(index)
-                else:
-                    block.run(index)
-            return count
+            if block is None:
+                return replay.rest(partial(setattr, context.shared, "batch"))
+            for index in range(block.batches):
+                context.shared.batch = block.batch(index)
+                block.run(index)
+            return block.batches
 
         def forward() -> int:
             with nullcontext() if step.sequential else _only(self._model, context):
