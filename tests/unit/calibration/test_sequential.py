@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -323,6 +324,72 @@ def test_layer_by_layer_and_all_at_once_find_the_same_ranges(recipe: str) -> Non
     ):
         torch.testing.assert_close(one.state(), other.state(), rtol=0, atol=0, msg=name)
     torch.testing.assert_close(whole.state_dict(), parts.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "runs", "last"),
+    [
+        ("int8", 1, 1),  # the pass that observes gives the outputs, too
+        ("int8-smoothquant", 1, 1),
+        ("int4-gptq", 2, 1),  # statistics; and outputs, where they are read
+        ("int4-best", None, None),
+    ],
+)
+@pytest.mark.parametrize("head", [False, True])
+def test_a_block_runs_no_more_often_than_somebody_reads_it(
+    recipe: str, runs: int | None, last: int | None, head: bool
+) -> None:
+    model, data = build_wide(), [torch.randn(4, 32) for _ in range(5)]
+    counts = [0, 0, 0]
+    for index, block in enumerate(model[1]):
+        block.norm.register_forward_hook(partial(count, counts, index))
+    skip = [] if head else ["2"]
+    bt.quantize(model, {"extends": recipe, "skip": skip}, data, layerwise=True)
+    tried = 3 + 1  # on one batch; and traced
+    if runs is None:  # learned; the last one is not run for its outputs
+        assert counts[0] == counts[1] == counts[2] + (0 if head else len(data))
+    else:
+        expected = runs if head else last
+        assert counts == [tried + n * len(data) for n in (runs, runs, expected)]
+
+
+def count(counts: list[int], index: int, *_: Any) -> None:
+    counts[index] += 1
+
+
+@pytest.mark.parametrize("steps", [["weigh", "max"], ["weigh", "look"], ["max", "weigh"]])
+def test_the_unquantized_outputs_are_those_before_a_weight_changed(
+    steps: list[str], make_plugin: Callable[..., ModuleType], toolkit_with: Callable[..., Toolkit]
+) -> None:
+    """Whatever comes first: a step that runs the part, or one that writes to its weights."""
+
+    def own() -> list[Algorithm]:
+        return [*algorithms(), Algorithm(name="weigh", run=f"{__name__}:weigh")]
+
+    model, data = build(), batches()
+    plain = copy.deepcopy(model)
+    seen: list[Tensor] = []
+    plain.head.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().amax()))
+    with torch.no_grad():
+        for x in data:
+            plain(x)
+    rules = [{"match": "*", "weight": "int8", "input": "int8"}]
+    recipe = {"rules": rules, "algorithm": steps}
+    if "look" in steps:
+        recipe["algorithm"] = [*steps, "max"]
+    toolkit = toolkit_with(make_plugin("alpha", register_algorithms=own))
+    bt.quantize(model, recipe, data, toolkit=toolkit, layerwise=True)
+    quantizer = dict(named_quantizers(model))["head.input"]
+    assert quantizer.amax is not None
+    torch.testing.assert_close(quantizer.amax.reshape(()), torch.stack(seen).amax())
+
+
+def weigh(model: nn.Module, plan: Any, forward: Any, context: Any) -> None:
+    """Double the weights of a block."""
+    for _, module in context.modules(model) if "layers.0.up" in plan.modules else ():
+        with context.access(module, write=True), torch.no_grad():
+            context.remember(module, "weight")
+            module.weight.mul_(2)
 
 
 def build_wide() -> nn.Module:

@@ -112,7 +112,7 @@ def run_calibration(
 
     steps = [(registry.algorithms.get(name), options) for name, options in plan.algorithm]
     needs = frozenset().union(*(step.needs for step, _ in steps)) if steps else frozenset()
-    needed = ("data" in needs and plan.needs_data) or bool(needs - {"data"})
+    needed = _needs_data(needs, plan)
     if needed and data is None:
         static = (e.path for e in plan.entries if e.needs_data)
         path = next(static, None)
@@ -137,7 +137,7 @@ def run_calibration(
                 zip(functions, steps, strict=True),
                 lambda item: needed and (parted or item[1][0].sequential),
             ):
-                some = [_step(run, model, step, options) for run, (step, options) in group]
+                some = [_step(run, model, plan, *step) for run, step in group]
                 if by_parts:
                     assert data is not None
                     found = _batches(model, data, adapter, seen)
@@ -196,11 +196,20 @@ def _own(work_dir: Path) -> Path:
     return work_dir if alone() else work_dir / f"rank-{dist.get_rank()}"
 
 
+def _needs_data(needs: frozenset[str], plan: Plan) -> bool:
+    return ("data" in needs and plan.needs_data) or bool(needs - {"data"})
+
+
 def _step(
-    run: Callable[..., None], model: nn.Module, algorithm: Algorithm, options: Mapping[str, object]
+    run: Callable[..., None],
+    model: nn.Module,
+    plan: Plan,
+    algorithm: Algorithm,
+    options: Mapping[str, object],
 ) -> Step:
     return Step(
         run=lambda plan, forward, context: run(model, plan, forward, context, **options),
+        data=algorithm.sequential or _needs_data(algorithm.needs, plan),
         sequential=algorithm.sequential,
         original="original" in algorithm.needs,
     )

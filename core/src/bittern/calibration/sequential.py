@@ -8,7 +8,7 @@ does when it runs on the whole model at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,13 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.reduce import agree
 from bittern.calibration.replay import BlockRun, Replay, Ways, find_ways
 from bittern.calibration.workdir import WorkDir
-from bittern.nn import named_quant_modules, quantizers_of, quantizers_off, switched_off
+from bittern.nn import (
+    named_quant_modules,
+    named_quantizers,
+    quantizers_of,
+    quantizers_off,
+    switched_off,
+)
 from bittern.records import ModelAdapter, Plan
 from bittern.runtime import Batch
 from bittern.runtime.ondisk import held, places_of, relocate
@@ -37,11 +43,13 @@ class Step:
 
     Attributes:
         run: Called with the plan of a part, what runs its data, and its context.
+        data: Whether it runs the data.
         sequential: Whether it sees what quantized blocks compute.
         original: Whether it asks for the outputs of unquantized blocks.
     """
 
     run: Callable[[Plan, Forward | None, CalibrationContext], None]
+    data: bool
     sequential: bool
     original: bool
 
@@ -77,9 +85,11 @@ def run_by_parts(
     ways = _agreed(model, batches, chains, others)
     parts = find_parts(plan, chains, early=ways.early)
     quantized = any(step.sequential for step in steps)
-    unquantized = any(step.original or not step.sequential for step in steps)
+    originals = any(step.original for step in steps)
+    unquantized = originals or any(step.data and not step.sequential for step in steps)
     streams = _Streams(
         model,
+        originals=originals,
         quantized=Replay(model, batches, chains, ways) if quantized else None,
         unquantized=Replay(model, batches, chains, ways) if unquantized else None,
     )
@@ -98,18 +108,20 @@ def run_by_parts(
             context,
             only=frozenset(part.modules),
             trace=partial(_inside, part, chains, context.trace),
+            access=partial(streams.access, context.access),
         )
+        more = index + 1 < len(parts)
         with held(model.get_submodule(part.name)) if part.name else nullcontext():
             before = versions(model)
             with _off(model, waiting - set(part.modules)):
-                streams.enter(part)
+                streams.enter(part, more=more)
                 for step in steps:
-                    forward = streams.forward(step, own, wrap)
+                    forward = streams.forward(step, own, wrap) if step.data else None
                     step.run(
                         plan.part(part.modules), forward, replace(own, block=streams.block(step))
                     )
                 waiting -= set(part.modules)
-                streams.leave()
+                streams.leave(more=more)
             if work is not None:
                 found = changes(model, part.modules, before)
                 streams.take(work.keep(index, found, streams.state()))
@@ -143,36 +155,76 @@ def _inside(
 
 
 class _Streams:
-    """The inputs of the part that is calibrated, as the two models compute them."""
+    """The inputs of the part that is calibrated, as the two models compute them.
+
+    What the unquantized part returns is taken from the first pass of a step that runs it as it is.
+    Where there is none, the part is run for it before a weight changes.
+    """
 
     def __init__(
-        self, model: nn.Module, *, quantized: Replay | None, unquantized: Replay | None
+        self,
+        model: nn.Module,
+        *,
+        originals: bool,
+        quantized: Replay | None,
+        unquantized: Replay | None,
     ) -> None:
         self._model = model
+        self._originals = originals
+        self._unknown = False  # whether outputs of the unquantized part are still to be found
         self._quantized = quantized
         self._unquantized = unquantized
         self._block: BlockRun | None = None
         self._beside: BlockRun | None = None  # the same, with what the unquantized one returned
         self._before: BlockRun | None = None
 
-    def enter(self, part: Part) -> None:
-        """Find the inputs of a part."""
+    def enter(self, part: Part, *, more: bool) -> None:
+        """Find the inputs of a part.
+
+        Args:
+            part: The part.
+            more: Whether another one comes after it, which reads what this one returns.
+        """
         self._block = self._beside = self._before = None
         if not part.name:
             return
+        outputs: Sequence[Any] = ()
         if self._unquantized is not None:
             with quantizers_off(self._model):
                 self._before = self._unquantized.enter(part.name)
-                outputs = self._unquantized.leave(self._before)
+                if self._originals:
+                    outputs = self._unquantized.leave(self._before)
+            self._unknown = more and not self._originals
         if self._quantized is not None:
             self._block = self._quantized.enter(part.name)
-            if self._before is not None:
+            if self._before is not None and self._originals:
                 self._beside = self._block.beside(self._before, outputs)
 
-    def leave(self) -> None:
-        """Run the part as it is now."""
-        if self._quantized is not None and self._block is not None:
-            self._quantized.leave(self._block)
+    def access(
+        self, access: Callable[..., AbstractContextManager[None]], module: nn.Module, *, write: bool
+    ) -> AbstractContextManager[None]:
+        """Make a module's weights real, as ``access`` does."""
+        if write:
+            self._settle()
+        return access(module, write=write)
+
+    def leave(self, *, more: bool) -> None:
+        """Run the part as it is now, if another one comes after it."""
+        self._settle()
+        if more and self._block is not None and self._quantized is not None:
+            self._quantized.settle(self._block)
+        for replay in (self._quantized, self._unquantized):
+            if replay is not None and not more:
+                replay.outputs.clear()
+
+    def _settle(self) -> None:
+        """Find what the unquantized part returns, as long as it is what it was."""
+        if self._unknown:
+            assert self._unquantized is not None
+            assert self._before is not None
+            self._unknown = False
+            with quantizers_off(self._model):
+                self._unquantized.settle(self._before)
 
     def skip(self, part: Part, state: Any) -> None:
         """Take a part for done.
@@ -229,9 +281,16 @@ class _Streams:
         def run() -> int:
             if block is None:
                 return replay.rest(partial(setattr, context.shared, "batch"))
+            keep = self._unknown and not step.sequential and _plain(block.module)
+            outputs = []
             for index in range(block.batches):
                 context.shared.batch = block.batch(index)
-                block.run(index)
+                output = block.run(index)
+                if keep:
+                    outputs.append(output)
+            if keep:
+                self._unknown = False
+                replay.done(block, outputs)
             return block.batches
 
         def forward() -> int:
@@ -239,6 +298,12 @@ class _Streams:
                 return wrap(run)
 
         return forward
+
+
+def _plain(module: nn.Module) -> bool:
+    """Return whether a module computes what the unquantized one does."""
+    off = not any(quantizer.enabled for _, quantizer in named_quantizers(module))
+    return off and not torch.is_grad_enabled()
 
 
 @contextmanager
