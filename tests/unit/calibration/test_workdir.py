@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +19,8 @@ import bittern as bt
 from bittern.calibration.workdir import WorkDir
 from bittern.errors import CalibrationError
 from bittern.nn import named_quantizers
+from bittern.records import Algorithm, CalibrationSummary
+from bittern.toolkit import Toolkit
 
 
 class Wide(nn.Module):
@@ -81,6 +86,43 @@ def test_a_finished_run_is_only_read(recipe: str, tmp_path: Path) -> None:
     bt.quantize(other, recipe, batches(), work_dir=tmp_path)
     torch.testing.assert_close(everything(one), everything(other), rtol=0, atol=0)
     assert len(ran) == 4 * 3  # what the engine tries on one batch, and nothing else
+
+
+def notes(model: nn.Module, plan: Any, forward: Any, context: Any) -> None:
+    """Note about every part that some experts saw no token."""
+    from bittern.calibration.coverage import note_experts
+
+    forward()
+    for name, _ in context.quantizers(model):
+        if name.endswith("input"):
+            note_experts(context, name, torch.tensor([True, "up" in name, False]))
+
+
+@pytest.mark.parametrize("left", [5, 6])
+def test_a_resumed_run_reports_what_an_uninterrupted_one_does(
+    left: int,
+    tmp_path: Path,
+    make_plugin: Callable[..., ModuleType],
+    toolkit_with: Callable[..., Toolkit],
+) -> None:
+    def own() -> list[Algorithm]:
+        return [Algorithm(name="notes", run=f"{__name__}:notes", needs=frozenset({"hessian"}))]
+
+    toolkit = toolkit_with(make_plugin("alpha", register_algorithms=own))
+    recipe = {"extends": "int8", "algorithm": [{"percentile": {"p": 99}}, "notes"], "skip": []}
+
+    def summary(**how: Any) -> CalibrationSummary:
+        result = toolkit.quantize(build(), recipe, batches(), **how)
+        return replace(result.report.calibration, seconds=0)
+
+    expected = summary(layerwise=True)
+    assert len(expected.saturation) == 14
+    assert expected.unseen_experts["layers.1.up.input"] == (2,)
+    assert summary(work_dir=tmp_path) == expected
+    for kind in ("after", "part"):
+        for index in range(left, 6):
+            (tmp_path / f"{kind}-{index:04}.safetensors").unlink()
+    assert summary(work_dir=tmp_path) == expected
 
 
 KILLED = """

@@ -7,7 +7,7 @@ does when it runs on the whole model at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,9 @@ from bittern.runtime.ondisk import held, places_of, relocate
 from bittern.tracing import Trace
 
 __all__ = ["Step", "run_by_parts"]
+
+# Field of the context to what steps noted in it: name of a quantizer to a plain value.
+Notes = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def run_by_parts(
     for index, part in numbered:
         if work is not None and index < done:
             put_back(model, work.changes(index), context)
+            _tell(work.notes(index), context)
             relocate(model, work.places(index))
             streams.skip(part, work.after(index) if index == done - 1 else None)
             waiting -= set(part.modules)
@@ -109,6 +113,8 @@ def run_by_parts(
             only=frozenset(part.modules),
             trace=partial(_inside, part, chains, context.trace),
             access=partial(streams.access, context.access),
+            unseen_experts={},
+            saturation={},
         )
         more = index + 1 < len(parts)
         with held(model.get_submodule(part.name)) if part.name else nullcontext():
@@ -122,10 +128,18 @@ def run_by_parts(
                     )
                 waiting -= set(part.modules)
                 streams.leave(more=more)
+            notes: Notes = {"unseen_experts": own.unseen_experts, "saturation": own.saturation}
+            _tell(notes, context)
             if work is not None:
                 found = changes(model, part.modules, before)
-                streams.take(work.keep(index, found, streams.state()))
+                streams.take(work.keep(index, found, notes, streams.state()))
                 relocate(model, work.places(index))
+
+
+def _tell(notes: Notes, context: CalibrationContext) -> None:
+    """Tell the context of the whole run what was noted about a part."""
+    context.unseen_experts.update(notes["unseen_experts"])
+    context.saturation.update(notes["saturation"])
 
 
 def _agreed(

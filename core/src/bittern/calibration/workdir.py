@@ -1,7 +1,7 @@
 """A directory in which a long calibration keeps what is done, part by part.
 
     run.json                 what is calibrated: model, plan, data, versions
-    part-0003.safetensors    what the fourth part's steps changed: tensors and ranges
+    part-0003.safetensors    what the fourth part's steps changed and noted: tensors, ranges
     after-0003.safetensors   what its blocks returned, with which the next part goes on
 
 Every file is written beside and renamed, ``part`` before ``after``. So a run that is killed at any
@@ -84,15 +84,16 @@ class WorkDir:
         found = [int(p.stem.removeprefix("after-")) for p in self.path.glob("after-*.safetensors")]
         return max(found, default=-1) + 1
 
-    def keep(self, index: int, changes: Mapping[str, Tensor], after: Any) -> Any:
+    def keep(self, index: int, changes: Mapping[str, Tensor], notes: Any, after: Any) -> Any:
         """Keep what a part's steps changed and what comes after it; return ``after`` from the disk.
 
         Args:
             index: Number of the part.
             changes: Tensors by name.
+            notes: What the steps noted for the report, as plain values.
             after: Tensors and plain values in dicts, lists and tuples.
         """
-        _save(self._part(index), {"changes": dict(changes)})
+        _save(self._part(index), {"changes": dict(changes), "notes": notes})
         _save(self._after(index), after)
         for old in self.path.glob("after-*.safetensors"):
             if old.name < self._after(index - 1).name:  # another rank may be one part behind
@@ -102,6 +103,10 @@ class WorkDir:
     def changes(self, index: int) -> dict[str, Tensor]:
         """Return what a part's steps changed."""
         return read_changes(self._part(index))
+
+    def notes(self, index: int) -> Any:
+        """Return what a part's steps noted for the report."""
+        return _load(self._part(index))["notes"]
 
     def places(self, index: int) -> dict[str, Place]:
         """Return where the changed tensors of a part lie."""
