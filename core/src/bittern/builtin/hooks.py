@@ -147,6 +147,11 @@ def register_algorithms() -> list[Algorithm]:
             description="weights: scales move between layers until columns weigh alike; no data",
         ),
         Algorithm(
+            name="rotate",
+            run="bittern.calibration.rotate:run_rotate",
+            description="weights: rotations spread outliers over residual streams and heads",
+        ),
+        Algorithm(
             name="hqq",
             run="bittern.calibration.hqq:run_hqq",
             needs=frozenset({"data"}),
@@ -162,7 +167,8 @@ def register_algorithms() -> list[Algorithm]:
         Algorithm(
             name="distill-rounding",
             run="bittern.calibration.distilled:run_distill_rounding",
-            needs=frozenset({"data", "hessian"}),
+            needs=frozenset({"data", "hessian", "original"}),
+            whole=True,
             description="weights: rounded so that the model's logits are what they were",
         ),
         Algorithm(

@@ -23,7 +23,7 @@ from bittern.calibration.reduce import RankError, agree
 from bittern.calibration.sequential import Step, run_by_parts
 from bittern.calibration.workdir import WorkDir
 from bittern.errors import CalibrationError, DataError, PluginError
-from bittern.nn import named_quantizers
+from bittern.nn import named_quantizers, quantizers_off
 from bittern.nn.observer import SharedInputs
 from bittern.planning.plain import spec_to
 from bittern.records import Algorithm, CalibrationSummary, ModelAdapter, Plan
@@ -93,6 +93,7 @@ def run_calibration(
         shared=shared,
         access=access,
         trace=cache(lambda: _trace(model, data, adapter, trace)),
+        example=lambda: _example(model, data, adapter),
         progress=progress,
     )
     batches = 0
@@ -133,11 +134,14 @@ def run_calibration(
                     "weights of this model lie on the disk, and there is no place for changed ones",
                     hint="give a work directory (work_dir=..., --work-dir)",
                 )
+            ways = [needed and _by_parts(step, parted=parted) for step, _ in steps]
+            _check_order(model, [step for step, _ in steps], ways, kept=work_dir is not None)
+            if any(step.whole and "original" in step.needs for step, _ in steps[1:]):
+                context = replace(context, originals=_originals(model, access))
             for by_parts, group in groupby(
-                zip(functions, steps, strict=True),
-                lambda item: needed and (parted or item[1][0].sequential),
+                zip(ways, functions, steps, strict=True), lambda item: item[0]
             ):
-                some = [_step(run, model, plan, *step) for run, step in group]
+                some = [_step(run, model, plan, *step) for _, run, step in group]
                 if by_parts:
                     assert data is not None
                     found = _batches(model, data, adapter, seen)
@@ -194,6 +198,41 @@ def _about(
 def _own(work_dir: Path) -> Path:
     """Return the work directory of this rank."""
     return work_dir if alone() else work_dir / f"rank-{dist.get_rank()}"
+
+
+def _by_parts(step: Algorithm, *, parted: bool) -> bool:
+    """Return whether a step runs block by block."""
+    return step.sequential or (parted and not step.whole)
+
+
+def _check_order(
+    model: nn.Module, steps: Sequence[Algorithm], by_parts: Sequence[bool], *, kept: bool
+) -> None:
+    """Raise if a step that takes the model as a whole cannot run where it stands."""
+    whole = [index for index, step in enumerate(steps) if step.whole]
+    if whole and places_of(model):
+        raise CalibrationError(
+            f"{steps[whole[0]].name} needs the whole model, and weights of it lie on the disk",
+            hint="load the model into memory, or choose a recipe without this step",
+        )
+    if whole and kept and any(by_parts[whole[0] :]):
+        after = steps[by_parts.index(True, whole[0])].name
+        raise CalibrationError(
+            f"{after} goes block by block after {steps[whole[0]].name}, which takes the whole "
+            "model: a work directory keeps the blocks of one run through the model",
+            hint="leave out the work directory, or put the step before",
+        )
+
+
+def _originals(model: nn.Module, access: Callable[..., Any]) -> dict[str, Tensor]:
+    """Return copies of all parameters."""
+    found = {}
+    for path, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            with access(module, write=False):
+                for name, parameter in module.named_parameters(path, recurse=False):
+                    found[name] = parameter.detach().clone()
+    return found
 
 
 def _needs_data(needs: frozenset[str], plan: Plan) -> bool:
@@ -254,26 +293,38 @@ def _trace(
     trace: Callable[[tuple[Any, ...], Mapping[str, Any]], Trace],
 ) -> Trace | None:
     """Trace the model on its first batch, or on what its framework knows."""
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = {}
-    if data is not None and not callable(data) and iter(data) is not data:
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for every pass
-            first = next(iter(data), None)
-        if first is None:
-            raise DataError(EMPTY)
-        batch = prepare(first, model, adapter, index=0)
-        args, kwargs = batch.args, batch.kwargs
-    elif adapter.example_inputs is not None:
-        kwargs = {**adapter.call_kwargs, **adapter.example_inputs()}
-    else:  # a function, or an iterator that can be used up only once
+    batch = _first(model, data, adapter)
+    if batch is None:
         return None
     try:
-        return trace(args, kwargs)
+        return trace(batch.args, batch.kwargs)
     except PluginError:
         raise
     except Exception as error:  # max calibration does well without; who needs a trace says so
         log.warning("the model was not traced: %s: %s", type(error).__name__, error)
         return None
+
+
+def _example(model: nn.Module, data: Data | None, adapter: ModelAdapter) -> Any:
+    """Run the unquantized model on its first batch."""
+    batch = _first(model, data, adapter)
+    if batch is None:
+        return None
+    with quantizers_off(model):
+        return batch.run(model)
+
+
+def _first(model: nn.Module, data: Data | None, adapter: ModelAdapter) -> Batch | None:
+    """Return the first batch, or what the model's framework knows; ``None`` if neither is there."""
+    if data is not None and not callable(data) and iter(data) is not data:
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed for every pass
+            first = next(iter(data), None)
+        if first is None:
+            raise DataError(EMPTY)
+        return prepare(first, model, adapter, index=0)
+    if adapter.example_inputs is not None:
+        return prepare(adapter.example_inputs(), model, adapter, index=0)
+    return None  # a function, or an iterator that can be used up only once
 
 
 def _check_options(function: Callable[..., Any], name: str, options: Mapping[str, object]) -> None:
