@@ -86,6 +86,44 @@ def test_inputs_are_as_their_quantizers_make_them() -> None:
     close(rounded["0.weight"].matrix[0], outer((data[0] / scale).round().clamp(-8, 7) * scale))
 
 
+@pytest.mark.parametrize("wider", [None, "range", "format"])
+def test_equal_copies_of_one_tensor_share_one_matrix(wider: str | None) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x).sum() + self.k(2 * x if wider == "range" else x).sum()
+
+    rules = [{"match": "*", "weight": "int8", "input": "int4"}]
+    rules += [{"match": "k", "input": "int8"}] if wider == "format" else []
+    data = [torch.randn(6, 8), torch.randn(3, 8)]
+    found = grams(Two(), data, {"rules": rules})
+    assert (found["q.weight"].matrix is found["k.weight"].matrix) == (wider is None)
+    x = torch.cat(data)
+    scale = x.abs().max() / 7
+    rounded = [(x / scale).round().clamp(-8, 7) * scale for x in data]
+    close(found["q.weight"].matrix[0], outer(torch.cat(rounded)))
+
+
+def test_a_tensor_that_is_written_to_is_another_one() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.clone()
+            first = self.q(h).sum()
+            return first + self.k(h.mul_(3)).sum()
+
+    data = [torch.randn(6, 8)]
+    found = grams(Two(), data)
+    close(found["q.weight"].matrix[0], outer(data[0]))
+    close(found["k.weight"].matrix[0], 9 * outer(data[0]))
+
+
 def unfolded(conv: Any, x: Tensor) -> Tensor:
     """Return the rows that a convolution multiplies, read off products with single ones."""
     taps = conv.weight[0].numel()
