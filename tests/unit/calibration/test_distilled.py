@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +75,30 @@ def test_the_divergence_falls_below_that_of_rounding_to_nearest(weight: Any) -> 
     bt.quantize(nearest, recipe(weight, "mse"), data())
     bt.quantize(learned, recipe(weight, steps=60), data())
     assert divergence(learned) < 0.9 * divergence(nearest)
+
+
+@pytest.mark.parametrize("start", ["gptq", "awq"])
+def test_it_goes_on_from_weights_that_steps_before_it_moved(start: str) -> None:
+    """What is to be kept are the logits of the model before all steps."""
+    first: Any = {"gptq": {"rounded": False}} if start == "gptq" else {"awq": {}}
+    rule = {"match": {"class": "Linear"}, "weight": INT3, "input": "int8"}
+    alone, both, layerwise = build(), build(), build()
+    bt.quantize(alone, {"rules": [rule], "algorithm": [first]}, data())
+    steps = {"rules": [rule], "algorithm": [first, {"distill-rounding": {"steps": 60}}]}
+    bt.quantize(both, steps, data())
+    bt.quantize(layerwise, steps, data(), layerwise=True)
+    assert divergence(both) < 0.8 * divergence(alone)
+    for name, parameter in both.named_parameters():
+        torch.testing.assert_close(parameter, layerwise.get_parameter(name))
+
+
+def test_a_block_by_block_step_after_it_is_refused_with_a_work_directory(tmp_path: Path) -> None:
+    steps = {**recipe(INT3), "algorithm": [{"distill-rounding": {"steps": 1}}, "gptq"]}
+    model = build()
+    with pytest.raises(CalibrationError, match="gptq goes block by block after distill-rounding"):
+        bt.quantize(model, steps, data(), work_dir=tmp_path)
+    for name, parameter in build().named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
 
 
 def test_written_weights_are_rounded_already() -> None:

@@ -106,6 +106,21 @@ def test_written_weights_are_rounded_already(weight: str, dtype: torch.dtype) ->
         assert not torch.equal(value, before[f"{path}.weight"])
 
 
+@pytest.mark.parametrize("weight", [int4(), "nvfp4", "mxfp4"])
+def test_numbers_before_they_are_rounded_round_to_the_same(weight: Any) -> None:
+    rounded, waiting = build(), build()
+    bt.quantize(rounded, recipe(weight, steps=20), batches())
+    bt.quantize(waiting, recipe(weight, steps=20, rounded=False), batches())
+    for path in ("layers.0.up", "layers.1.down"):
+        one, other = rounded.get_submodule(path), waiting.get_submodule(path)
+        assert isinstance(other, QuantModule)
+        quantizer = other.quantizer("weight")
+        assert quantizer is not None
+        assert not torch.equal(other.weight, one.weight)
+        same = quantizer(other.weight) == one.weight
+        assert same.float().mean() > 0.999  # but for what lies in the middle between two
+
+
 @pytest.mark.parametrize("name", ["int4", "int4-asym", "nvfp4", "mxfp4"])
 def test_offsets_choose_between_the_neighbors_on_the_grid(name: str, toolkit: Toolkit) -> None:
     spec = QuantizerSpec(toolkit.registry.formats.get(name), PerGroup(16))

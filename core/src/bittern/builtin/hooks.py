@@ -167,7 +167,8 @@ def register_algorithms() -> list[Algorithm]:
         Algorithm(
             name="distill-rounding",
             run="bittern.calibration.distilled:run_distill_rounding",
-            needs=frozenset({"data", "hessian"}),
+            needs=frozenset({"data", "hessian", "original"}),
+            whole=True,
             description="weights: rounded so that the model's logits are what they were",
         ),
         Algorithm(

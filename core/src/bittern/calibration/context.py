@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +38,8 @@ class CalibrationContext:
         only: Paths of the modules that are calibrated now, those of the plan; ``None`` for all.
         block: The block that is calibrated and its inputs, in steps of the kind ``sequential``;
             ``None`` for what is in no block.
+        originals: Parameters of the model as they were before the first step, by name, for a step
+            that takes the model as a whole and needs ``original``; empty if it is the first.
         undo: What to call, the last one first, if this or a later step fails: a step that changes
             weights appends what puts them back.
         unseen_experts: Name of a quantizer to experts that no token went through, for the report;
@@ -52,6 +54,7 @@ class CalibrationContext:
     progress: Progress = SILENT
     only: frozenset[str] | None = None
     block: BlockRun | None = None
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
     unseen_experts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     saturation: dict[str, float] = field(default_factory=dict)

@@ -156,16 +156,21 @@ class Rounding:
         for name, gain in self._gains.items():
             gain.copy_(self.module.get_parameter(name))
 
-    def write(self, context: CalibrationContext) -> None:
-        """Give the module the rounded weights, and the quantizers their ranges."""
+    def write(self, context: CalibrationContext, *, rounded: bool = True) -> None:
+        """Give the module its weights, and the quantizers their ranges.
+
+        Args:
+            context: Keeps what was there.
+            rounded: Whether weights are rounded; if not, they are what is rounded to that.
+        """
         for reader, learned in zip(self.readers, self._learned, strict=True):
             context.remember(reader.module, reader.tensor)
             weight: Tensor = getattr(reader.module, reader.tensor)
             with torch.no_grad():
-                weight.copy_(learned.hard())
+                weight.copy_(learned.hard() if rounded else learned.target())
             reader.quantizer.set_range(learned.range())
             if reader.quantizer.then is not None:
-                reader.quantizer.then.calibrate_on(weight)
+                reader.quantizer.then.calibrate_on(learned.hard())
         for name, gain in self._gains.items():
             path, _, local = name.rpartition(".")
             owner = self.module.get_submodule(path)

@@ -9,8 +9,8 @@ the whole model, and for two more numbers per weight.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from bittern.calibration.replay import BlockRun, Call
 from bittern.calibration.rounding import find_start
 from bittern.errors import CalibrationError
 from bittern.evaluation import logits_of
-from bittern.nn import quantizers_off
+from bittern.nn import named_quantizers, quantizers_off
 from bittern.records import ModelAdapter, Plan
 from bittern.training.losses import divergence
 
@@ -55,7 +55,9 @@ def run_distill_rounding(
     """Learn the rounding of all weights of a model at once, and write them as rounded values.
 
     What has no range yet gets one, as in `run_learn_rounding`; where learning did not lower the
-    divergence, weights are rounded to nearest.
+    divergence, weights are rounded to nearest. Steps before it may have changed the weights
+    (``gptq`` and ``learn-rounding`` with ``rounded: false`` give it a better start): the outputs
+    that are to be kept are those of the model before the first step.
 
     Args:
         model: The converted model; its outputs are logits.
@@ -88,14 +90,14 @@ def run_distill_rounding(
         if not rounding.readers:
             return
         pieces = Pieces(calls, rows=rows, seed=seed)
+        task = _Task(calls, pieces, context.originals, half=half)
         stack.enter_context(rounding.given())
         taken = iter(pieces)
         checks = pieces.checks(_CHECKS)
-        loss = partial(_loss, calls, pieces, half=half)
-        before = _error(loss, checks, rounding.weights())
-        losses = (partial(loss, step) for step in taken)
+        before = task.error(checks, rounding.weights())
+        losses = (partial(task.loss, step) for step in taken)
         rounding.learn(losses, pace)
-        after = _error(loss, checks, rounding.weights())
+        after = task.error(checks, rounding.weights())
         log.info("KL %.3g, rounded to nearest %.3g", after, before)
         if not after < before:
             rounding.reset()
@@ -122,33 +124,56 @@ def _mask(call: Call) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _loss(
-    calls: BlockRun,
-    pieces: Pieces,
-    step: Sequence[Piece],
-    weights: Mapping[str, Tensor],
-    *,
-    half: bool,
-) -> Tensor:
-    """Return the divergence of the logits over what is no padding."""
-    model, terms = calls.module, []
-    for piece in step:
-        args, kwargs = pieces.inputs(piece)
-        with in_half(model, half=half):
-            with torch.no_grad(), quantizers_off(model):
-                truth = _logits(model(*args, **kwargs))
+class _Task:
+    """How far the model's logits are off.
+
+    Args:
+        calls: The model and its calls.
+        pieces: Its data.
+        originals: Its parameters as they were; those that are missing are as they are.
+        half: Whether products are computed in bfloat16.
+    """
+
+    def __init__(
+        self, calls: BlockRun, pieces: Pieces, originals: Mapping[str, Tensor], *, half: bool
+    ) -> None:
+        self._calls, self._pieces = calls, pieces
+        self._originals = dict(originals)
+        self._half = half
+        found = (q.transforms for _, q in named_quantizers(calls.module) if originals)
+        self._moved = [t for t in found if t is not None and t.pre_scale is not None]
+
+    def loss(self, step: Sequence[Piece], weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the divergence of the logits over what is no padding."""
+        return torch.stack([self._loss(piece, weights) for piece in step]).mean()
+
+    @torch.no_grad()
+    def error(self, steps: Sequence[Sequence[Piece]], weights: Mapping[str, Tensor]) -> float:
+        """Return the mean loss of some steps, over all ranks."""
+        losses = torch.stack([self.loss(step, weights) for step in steps])
+        return float(reduce_sum({"loss": losses.mean()})["loss"])
+
+    def _loss(self, piece: Piece, weights: Mapping[str, Tensor]) -> Tensor:
+        model = self._calls.module
+        args, kwargs = self._pieces.inputs(piece)
+        with in_half(model, half=self._half):
+            with torch.no_grad(), self._unquantized():
+                truth = _logits(functional_call(model, self._originals, args, kwargs))
             found = _logits(functional_call(model, dict(weights), args, kwargs))
-        mask = pieces.take(piece, calls.mask(piece.call))
+        mask = self._pieces.take(piece, self._calls.mask(piece.call))
         counted = None if mask is None or mask.shape != found.shape[:-1] else mask.bool()
-        terms.append(divergence(found, truth, counted, temperature=1.0))
-    return torch.stack(terms).mean()
+        return divergence(found, truth, counted, temperature=1.0)
+
+    @contextmanager
+    def _unquantized(self) -> Iterator[None]:
+        """Let the model be what it was: scales that steps took out of inputs belong to them."""
+        with ExitStack() as stack:
+            stack.enter_context(quantizers_off(self._calls.module))
+            for transforms in self._moved:
+                stack.callback(setattr, transforms, "pre_scale", transforms.pre_scale)
+                transforms.pre_scale = None
+            yield
 
 
 def _logits(output: Any) -> Tensor:
     return logits_of(output, ModelAdapter())
-
-
-@torch.no_grad()
-def _error(loss: Any, steps: Sequence[Sequence[Piece]], weights: Mapping[str, Tensor]) -> float:
-    losses = torch.stack([loss(step, weights) for step in steps])
-    return float(reduce_sum({"loss": losses.mean()})["loss"])

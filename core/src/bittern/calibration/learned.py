@@ -91,6 +91,16 @@ class LearnedWeight:
         return fake_quantize(found, self.spec, self.scales())
 
     @torch.no_grad()
+    def target(self) -> Tensor:
+        """Return what is rounded, in the dtype of the weight: rounding it to nearest gives `hard`.
+
+        But for numbers that lie as close to the middle between two as the dtype can tell.
+        """
+        step = expand_scale(self.scales().step, self.spec.granularity)
+        moved = self._source.blocks + self.offset * self._source.gap * step
+        return from_blocks(moved, self.spec.granularity, self._shape).to(self._dtype)
+
+    @torch.no_grad()
     def reset(self) -> None:
         """Go back to rounding to nearest in the whole range."""
         self.offset.zero_()

@@ -51,6 +51,7 @@ def run_learn_rounding(
     clip: bool = True,
     norms: bool = False,
     half: bool = True,
+    rounded: bool = True,
     seed: int = 0,
 ) -> None:
     """Learn the rounding of the weights of a block, and write them as rounded values.
@@ -72,6 +73,8 @@ def run_learn_rounding(
         clip: Whether ranges are learned, too.
         norms: Whether the gains and biases of the block are learned, too.
         half: Whether products are computed in bfloat16 while learning, where weights are float32.
+        rounded: Whether weights hold the rounded numbers; if not, they hold what is rounded to
+            them, for a step that goes on from there.
         seed: Which rows are taken when.
 
     Raises:
@@ -104,7 +107,7 @@ def run_learn_rounding(
         log.info("%s: error %.3g, rounded to nearest %.3g", block.name, after, before)
         if not after < before:
             rounding.reset()
-        rounding.write(context)
+        rounding.write(context, rounded=rounded)
 
 
 def find_start(model: nn.Module, plan: Plan, forward: Forward, context: CalibrationContext) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -14,8 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from bittern.calibration.changes import sampled
 from bittern.calibration.context import CalibrationContext
@@ -134,11 +135,14 @@ def run_calibration(
                     "weights of this model lie on the disk, and there is no place for changed ones",
                     hint="give a work directory (work_dir=..., --work-dir)",
                 )
+            ways = [needed and _by_parts(step, parted=parted) for step, _ in steps]
+            _check_order(model, [step for step, _ in steps], ways, kept=work_dir is not None)
+            if any(step.whole and "original" in step.needs for step, _ in steps[1:]):
+                context = replace(context, originals=_originals(model, access))
             for by_parts, group in groupby(
-                zip(functions, steps, strict=True),
-                lambda item: needed and (parted or item[1][0].sequential),
+                zip(ways, functions, steps, strict=True), lambda item: item[0]
             ):
-                some = [_step(run, model, plan, *step) for run, step in group]
+                some = [_step(run, model, plan, *step) for _, run, step in group]
                 if by_parts:
                     assert data is not None
                     found = _batches(model, data, adapter, seen)
@@ -195,6 +199,41 @@ def _about(
 def _own(work_dir: Path) -> Path:
     """Return the work directory of this rank."""
     return work_dir if alone() else work_dir / f"rank-{dist.get_rank()}"
+
+
+def _by_parts(step: Algorithm, *, parted: bool) -> bool:
+    """Return whether a step runs block by block."""
+    return step.sequential or (parted and not step.whole)
+
+
+def _check_order(
+    model: nn.Module, steps: Sequence[Algorithm], by_parts: Sequence[bool], *, kept: bool
+) -> None:
+    """Raise if a step that takes the model as a whole cannot run where it stands."""
+    whole = [index for index, step in enumerate(steps) if step.whole]
+    if whole and places_of(model):
+        raise CalibrationError(
+            f"{steps[whole[0]].name} needs the whole model, and weights of it lie on the disk",
+            hint="load the model into memory, or choose a recipe without this step",
+        )
+    if whole and kept and any(by_parts[whole[0] :]):
+        after = steps[by_parts.index(True, whole[0])].name
+        raise CalibrationError(
+            f"{after} goes block by block after {steps[whole[0]].name}, which takes the whole "
+            "model: a work directory keeps the blocks of one run through the model",
+            hint="leave out the work directory, or put the step before",
+        )
+
+
+def _originals(model: nn.Module, access: Callable[..., Any]) -> dict[str, Tensor]:
+    """Return copies of all parameters."""
+    found = {}
+    for path, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            with access(module, write=False):
+                for name, parameter in module.named_parameters(path, recurse=False):
+                    found[name] = parameter.detach().clone()
+    return found
 
 
 def _needs_data(needs: frozenset[str], plan: Plan) -> bool:

@@ -19,10 +19,12 @@ class Algorithm:
         run: ``"package.module:function"`` called as
             ``run(model, plan, forward, context, **options)``, see `bittern.calibration.context`.
         needs: What it needs beyond the weights: any of ``data``, ``trace``, ``hessian``,
-            ``gradients``, ``original`` (what unquantized blocks return). ``data`` means: only when
-            the plan has static activation quantizers.
+            ``gradients``, ``original`` (what unquantized blocks return, or the parameters before
+            the first step if it takes the model as a whole). ``data`` means: only when the plan
+            has static activation quantizers.
         sequential: Whether it runs block by block, each block on what the quantized blocks before
             it compute; see `bittern.calibration.blocks`.
+        whole: Whether it takes the model as a whole even where the others go block by block.
         restore: ``"package.module:function"`` called as ``restore(model)`` when a saved state has
             been loaded into a fresh model, for what the step did besides changing tensors.
         description: One line for people.
@@ -32,6 +34,7 @@ class Algorithm:
     run: str
     needs: frozenset[str] = frozenset()
     sequential: bool = False
+    whole: bool = False
     restore: str | None = None
     description: str = ""
 
