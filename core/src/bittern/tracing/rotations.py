@@ -61,7 +61,7 @@ class Rotatable:
     """Channels that can be rotated, or why not.
 
     Attributes:
-        name: Full name of the first parameter that has them.
+        name: Full name of the first parameter that has them, vectors aside.
         size: How many they are.
         turns: What is to be rotated.
         gains: What is to be 1 afterwards.
@@ -171,7 +171,7 @@ class _Walk:
 
     def run(self, nodes: Iterable[OpNode], values: Sequence[Value]) -> Rotatable:
         """Look at every node that meets the channels, in order of execution."""
-        mark, found = self.leaf.mark, Rotatable(values[0].name, self.leaf.size)
+        mark, found = self.leaf.mark, Rotatable(_named(values), self.leaf.size)
         terms = [t for v in values for a in self.flow.of(v) for t in a.terms()]
         parts = any(t is not self.leaf and self.leaf in t.leaves() for t in terms)
         found = replace(found, parts=parts, normalized=bool(mark.normalized), reason=mark.fixed)
@@ -410,6 +410,10 @@ class _Walk:
         elif state.gains != gains:
             names = ", ".join(g.name for g in (*state.gains, *gains))
             raise _StopError(f"channels with the gain {names} are added to others")
+
+
+def _named(values: Sequence[Value]) -> str:
+    return next((v for v in values if max(v.shape) < _count(v)), values[0]).name
 
 
 def _count(value: Value) -> int:
