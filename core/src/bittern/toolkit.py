@@ -367,14 +367,18 @@ class Toolkit:
         format: str | None = None,
         verify: bool = True,
         data: Any = None,
+        allow_uncalibrated: bool = False,
         progress: Progress | None = None,
     ) -> ExportReport:
         """Write a checkpoint, then verify it."""
+        from bittern.calibration.coverage import borrow_ranges
         from bittern.convert import plan_of
         from bittern.errors import VerificationError
         from bittern.exporting import run_export
 
         plan = plan_of(model)
+        if allow_uncalibrated:
+            borrow_ranges(model)
         report = run_export(
             self.exporter(model, format),
             model,

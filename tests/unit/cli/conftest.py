@@ -44,9 +44,24 @@ def resolve_model(source, config):
     from torch import nn
 
     torch.manual_seed(0)
+    if source == "toy:experts":
+        return Experts(nn).eval()
     return nn.Sequential(
         nn.Embedding(16, 8), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 16)
     ).eval()
+
+
+def Experts(nn):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(16, 8)
+            self.experts = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
+
+        def forward(self, ids):
+            return self.experts[1](self.embed(ids))
+
+    return Experts()
 
 
 @hookimpl

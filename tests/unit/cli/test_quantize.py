@@ -54,6 +54,25 @@ def test_json_is_the_report(quantize, data):
     assert "error" not in report
 
 
+def test_experts_without_tokens_are_refused_before_the_evaluation(quantize, data, tmp_path):
+    done = quantize("--data", data(20), "--eval", data(9), model="toy:experts")
+    assert done.code == 2
+    assert "2 quantizers saw no data: experts.0.input, experts.2.input" in done.err
+    assert "--allow-uncalibrated" in done.err
+    assert "perplexity" not in done.out
+    assert left(tmp_path) == []
+
+
+def test_experts_without_tokens_can_borrow_ranges(quantize, data):
+    report = quantize(
+        "--data", data(20), "--allow-uncalibrated", "--json", model="toy:experts"
+    ).json
+    unseen = ["experts.0.input", "experts.2.input"]
+    assert report["calibration"]["uncalibrated"] == unseen
+    assert report["calibration"]["borrowed"] == unseen
+    assert report["verification"]["ok"] is True
+
+
 def test_samples_are_128_for_calibration_and_all_for_evaluation(quantize, data):
     report = quantize("--data", data(200), "--eval", data(150), "--json").json
     assert report["calibration"]["batches"] == 16  # 128 rows in eights

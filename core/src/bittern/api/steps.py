@@ -252,6 +252,7 @@ def export(
     format: str | None = None,
     verify: bool = True,
     data: Any = None,
+    allow_uncalibrated: bool = False,
     progress: Progress | None = None,
     toolkit: Toolkit | None = None,
 ) -> ExportReport:
@@ -263,16 +264,24 @@ def export(
         format: Name of an export format; the best one for the model by default.
         verify: Whether to load the result in its client and compare.
         data: Batches from which the recorded probe takes its rows.
+        allow_uncalibrated: Whether activation quantizers that saw no data are given the largest
+            range of those like them (other experts); the model then computes with it, too.
         progress: Shows where long work is.
         toolkit: Plugins to use; all that are installed by default.
 
     Raises:
-        ExportError: The format cannot hold the model.
+        ExportError: The format cannot hold the model, or a quantizer saw no data.
         OutputError: The directory cannot be used.
         VerificationError: What was written does not compute what the model does.
     """
     return toolkit_or_default(toolkit).export(
-        model, path, format=format, verify=verify, data=data, progress=progress
+        model,
+        path,
+        format=format,
+        verify=verify,
+        data=data,
+        allow_uncalibrated=allow_uncalibrated,
+        progress=progress,
     )
 
 

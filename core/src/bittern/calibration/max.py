@@ -136,7 +136,10 @@ def activations_at_max(
         if value is not None:
             quantizer = quantizers[name]
             if quantizer.per_expert:
-                note_experts(context, name, (value != 0).reshape(-1, value.shape[-1]).any(0))
+                seen = (value != 0).reshape(-1, value.shape[-1]).any(0)
+                note_experts(
+                    context, name, seen, instead="they get the largest range of the others"
+                )
             filled = fill_unseen(value) if quantizer.per_expert else value
             quantizer.set_range(quantizer.extremes.range_of(filled))
     if share:

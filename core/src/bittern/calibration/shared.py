@@ -9,7 +9,7 @@ from bittern.calibration.context import CalibrationContext
 from bittern.nn import TensorQuantizer
 from bittern.numerics import Range
 
-__all__ = ["raise_global_scales", "share_global_scales", "share_ranges"]
+__all__ = ["raise_global_scales", "share_global_scales", "share_ranges", "union"]
 
 
 def share_ranges(model: nn.Module, context: CalibrationContext) -> None:
@@ -26,7 +26,7 @@ def share_ranges(model: nn.Module, context: CalibrationContext) -> None:
                 continue
             alike = (q.range for q in inputs if q.spec == one.spec and q.range is not None)
             same = [values for values in alike if values.amax.shape == own.amax.shape]
-            one.set_range(_union(own, same))
+            one.set_range(union(own, same))
 
 
 def share_global_scales(model: nn.Module, context: CalibrationContext) -> None:
@@ -80,7 +80,7 @@ def _two_level(quantizer: TensorQuantizer) -> bool:
     return quantizer.codec.two_level and quantizer.tensor is not None
 
 
-def _union(own: Range, others: list[Range]) -> Range:
+def union(own: Range, others: list[Range]) -> Range:
     """Return the smallest range that holds all."""
     device = own.amax.device
     high = torch.stack([values.amax.to(device) for values in others]).amax(0)

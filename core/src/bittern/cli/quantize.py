@@ -62,6 +62,11 @@ Examples:
     type=click.Path(path_type=Path),
     help="Calibrate block by block and keep what is done here; a killed run goes on from there.",
 )
+@click.option(
+    "--allow-uncalibrated",
+    is_flag=True,
+    help="Give what saw no data (experts without tokens) the largest range of others like it.",
+)
 @click.option("--eval", "eval_data", help="Measure quality before and after on all of this data.")
 @load_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of any sampling.")
@@ -85,6 +90,7 @@ def quantize(
     seq_len: int | None,
     batch_size: int,
     work_dir: Path | None,
+    allow_uncalibrated: bool,
     eval_data: str | None,
     dtype: str,
     device: str,
@@ -96,7 +102,8 @@ def quantize(
     MODEL is a directory or a hub name. The output directory is whole or not there. Exit code 0
     means that a client loaded it and found what was computed here (without --no-verify).
     """
-    from bittern.exporting import check_output
+    from bittern.calibration.coverage import borrow_ranges
+    from bittern.exporting import check_calibrated, check_output
     from bittern.records import DataConfig, LoadConfig
 
     check_output(output)
@@ -119,6 +126,10 @@ def quantize(
     report = toolkit.quantize(
         network, plan, batches, work_dir=work_dir, progress=app.progress
     ).report
+    if allow_uncalibrated:
+        borrowed = borrow_ranges(network)
+        report = report.having(calibration=replace(report.calibration, borrowed=borrowed))
+    check_calibrated(network)  # before long work
     if heldout is not None:
         report = report.having(evaluation=toolkit.evaluate(network, heldout, progress=app.progress))
     app.say(f"writing {output}")

@@ -2,7 +2,12 @@
 
 from bittern.exporting.context import ExportContext, Written
 from bittern.exporting.directory import check_output, left_aside, staged_directory
-from bittern.exporting.packed import PackedModule, packed_modules, plain_tensors
+from bittern.exporting.packed import (
+    PackedModule,
+    check_calibrated,
+    packed_modules,
+    plain_tensors,
+)
 from bittern.exporting.record import ExportRecord, Probe, checksum, checksums
 from bittern.exporting.run import check_export, choose_exporter, run_export
 
@@ -12,6 +17,7 @@ __all__ = [
     "PackedModule",
     "Probe",
     "Written",
+    "check_calibrated",
     "check_export",
     "check_output",
     "checksum",

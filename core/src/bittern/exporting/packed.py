@@ -46,15 +46,23 @@ def check_calibrated(model: nn.Module) -> None:
     """Raise if codes and scales of a model would not be what it computes.
 
     Raises:
-        ExportError: A static quantizer has no scale, one is switched off, or one does more than
-            rounding; with the first names and what to do.
+        ExportError: A static quantizer has no scale, or one of NaN or Inf; one is switched off, or
+            does more than rounding; with the first names and what to do.
     """
     missing = [name for name, q in named_quantizers(model) if not q.calibrated]
     if missing:
-        some = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        some = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
         raise ExportError(
             f"{len(missing)} quantizers saw no data: {some}",
-            hint="calibrate with data that reaches them, or switch their slot off in the recipe",
+            hint="calibrate with more data, that reaches them; or switch their slots off in the "
+            "recipe; or give experts the largest range of the others by allow_uncalibrated=True, "
+            "--allow-uncalibrated",
+        )
+    broken = [name for name, q in named_quantizers(model) if not _finite(q)]
+    if broken:
+        raise ExportError(
+            f"ranges hold NaN or Inf: {', '.join(broken[:8])}",
+            hint="calibrate again; in training, look for a loss of NaN",
         )
     off = [name for name, q in named_quantizers(model) if not q.enabled]
     if off:
@@ -63,6 +71,11 @@ def check_calibrated(model: nn.Module) -> None:
             hint="enable them, or switch their slots off in the recipe",
         )
     _refuse(n for n, q in named_quantizers(model) if q.transforms is not None or q.then is not None)
+
+
+def _finite(quantizer: TensorQuantizer) -> bool:
+    state = quantizer.state().values()
+    return all(bool(value.isfinite().all()) for value in state if value.is_floating_point())
 
 
 def check_plan(plan: Plan) -> None:

@@ -23,6 +23,8 @@ class CalibrationSummary:
         batches: Batches of data that went through the model; 0 when none were needed.
         seconds: Wall-clock seconds, conversion not included.
         uncalibrated: ``"path.slot"`` of static quantizers that saw no data.
+        borrowed: Those of them that were given the largest range of quantizers like them, because
+            the user allows it.
         data: Fingerprint of the batches, ``""`` where a function ran the model or no data was
             needed.
         unseen_experts: ``"path.slot"`` to the experts that no token went through. Their activations
@@ -34,6 +36,7 @@ class CalibrationSummary:
     batches: int = 0
     seconds: float = 0.0
     uncalibrated: tuple[str, ...] = ()
+    borrowed: tuple[str, ...] = ()
     data: str = ""
     unseen_experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     saturation: Mapping[str, float] = field(default_factory=dict)

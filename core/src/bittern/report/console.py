@@ -131,10 +131,14 @@ def show_report(report: Report, console: Console | None = None) -> None:
     if calibration.batches:
         console.print(f"calibrated on {calibration.batches} batches, {calibration.seconds:.1f} s")
     for name in calibration.uncalibrated:
-        console.print(f"[yellow]warning:[/] {escape(name)} saw no data and stays unquantized")
+        left = "has the range of others" if name in calibration.borrowed else "stays unquantized"
+        console.print(f"[yellow]warning:[/] {escape(name)} saw no data and {left}")
     for name, experts in calibration.unseen_experts.items():
         some = ", ".join(map(str, experts[:8])) + (" ..." if len(experts) > 8 else "")
-        console.print(f"[yellow]warning:[/] {escape(name)}: no token went through experts {some}")
+        what = f"{escape(name)}: no token went through experts {some}"
+        weight = any(e.path == name and e.kind == "weight" for e in report.plan.entries)
+        instead = "" if weight else "; they have the largest range of the others"
+        console.print(f"[yellow]warning:[/] {what}{instead}")
     _show_saturation(calibration.saturation, console)
     if report.evaluation is not None:
         show_evaluation(report.evaluation, console)
