@@ -253,7 +253,7 @@ class _Walk:
         name, where = stem(node.op), self.flow.where(node)
         ins = [value for value in node.inputs() if self._has(value)]
         outs = [value for value in node.outputs if value is not None and self._has(value)]
-        if name in _LOOKS:
+        if name in _LOOKS or (name == "type_as" and not self._has(node.args[0])):
             return
         if not node.op.startswith("aten."):
             raise _StopError(f"{where} is not looked into")
@@ -271,7 +271,7 @@ class _Walk:
         if name in _PRODUCTS and ins:
             return self._product(node, ins, outs)
         leads = bool(ins) and ins[0] is next(values_in(node.args), None)
-        alone = leads and len(ins) == 1
+        alone = leads and (len(ins) == 1 or name == "type_as")  # the other gives a dtype only
         if name == "embedding" and alone and outs:
             self._use(ins[0])
             return _State()
