@@ -198,6 +198,24 @@ def test_an_outlier_channel_vanishes(toolkit: Toolkit) -> None:
     assert max(inputs_of(model)) < 4
 
 
+def test_quantizers_rotate_what_no_weight_can_take_up(toolkit: Toolkit) -> None:
+    def error(rules: list[Any]) -> float:
+        model = decoder()
+        with torch.no_grad():
+            for block in model.blocks:
+                block.up.weight[3] *= 50
+                block.down.weight[:, 3] /= 50
+            expected = model(ids())
+            steps = [*RECIPE["rules"], *rules]
+            toolkit.quantize(model, {**RECIPE, "rules": steps}, [ids()])
+            torch.testing.assert_close(unquantized(model), expected, rtol=1e-3, atol=1e-4)
+            return float((model(ids()) - expected).norm() / expected.norm())
+
+    both = {name: {"format": "int8", "rotate": "hadamard"} for name in ("weight", "input")}
+    online = [{"match": {"name": "*.down"}, **both}]
+    assert error(online) < 0.7 * error([])
+
+
 def test_the_seed_decides(toolkit: Toolkit) -> None:
     def weights(seed: int) -> Tensor:
         model = decoder()
