@@ -28,7 +28,7 @@ from bittern.nn import QuantModule, TensorQuantizer, switched_off
 from bittern.nn.observer import SharedInputs
 from bittern.records import Plan
 
-__all__ = ["Gram", "observe_grams", "outer", "planned_weights"]
+__all__ = ["Gram", "observe_grams", "outer", "planned_weights", "product"]
 
 _SPLIT = {"cuda": 2048}  # inputs up to which a product of two matrices is one; else 256
 _NARROW = (torch.bfloat16, torch.float16)  # products of two such numbers are exact in float32
@@ -310,18 +310,23 @@ def outer(rows: Tensor) -> Tensor:
         rows = rows.float()
     inputs = rows.shape[-1]
     if inputs <= _SPLIT.get(rows.device.type, 256):
-        return _product(rows, rows)
+        return product(rows, rows)
     found = torch.empty(len(rows), inputs, inputs, device=rows.device)
     half = inputs // 2
     left, right = rows[..., :half], rows[..., half:]
     found[:, :half, :half], found[:, half:, half:] = outer(left), outer(right)
-    found[:, :half, half:] = _product(left, right)
+    found[:, :half, half:] = product(left, right)
     found[:, half:, :half] = found[:, :half, half:].transpose(1, 2)
     return found
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left^T right`` in float32, part by part."""
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left^T right`` in float32, part by part.
+
+    Args:
+        left: Float32, or half precision on a GPU, ``(parts, rows, n)``.
+        right: Of the same dtype, ``(parts, rows, m)``.
+    """
     if left.dtype is torch.float32:
         return left.transpose(1, 2) @ right
     return torch.bmm(left.transpose(1, 2), right, out_dtype=torch.float32)
