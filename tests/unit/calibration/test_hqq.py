@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bittern.calibration.hqq import fit_range
+from bittern.calibration.hqq import _tried, fit_range
 from bittern.errors import CalibrationError
 from bittern.nn import named_quantizers
-from bittern.numerics import fake_quantize, measure, scales_for
+from bittern.numerics import Range, fake_quantize, measure, scales_for
 from bittern.records import PerChannel, PerGroup, QuantizerSpec
 from bittern.toolkit import Toolkit
 
@@ -53,6 +55,59 @@ def test_it_comes_close_to_brute_force(name: str, toolkit: Toolkit, make_data: D
     extremes = float(error(x, spec_of(toolkit, name), p=2, fit=False).sum())
     assert best * 0.999 <= found <= best * 1.05
     assert found < 0.9 * extremes
+
+
+@pytest.mark.parametrize("name", [*ASYMMETRIC, "int4", "int8-asym"])
+def test_a_fit_keeps_what_it_promises(name: str, toolkit: Toolkit, make_data: Data) -> None:
+    """The bound is the least squared error of the codes, and rounding anew makes it no larger."""
+    x, spec = make_data("laplace", 20, 16) + 0.1, spec_of(toolkit, name)
+    start, count = measure(x, spec), torch.full((20, 1), 16.0)
+    trial = _tried(x, start, spec, p=2, count=count)
+    again = _tried(x, trial.fitted, spec, p=2, count=count)
+    assert bool((again.cost <= trial.bound * (1 + 1e-4) + 1e-9).all())
+    codes = (fake_quantize(x, spec, scales_for(start, spec)).double() / step(start, spec)).round()
+    zeros = range(-20, 21) if start.amin is not None else (0,)
+    best = torch.full((20,), torch.inf, dtype=torch.float64)
+    for zero in zeros:  # all scales at once, by least squares
+        moved = codes + zero
+        scale = (x * moved).sum(1) / moved.square().sum(1)
+        cost = (scale[:, None] * moved - x).square().sum(1)
+        best = torch.minimum(best, torch.where(scale > 0, cost, torch.inf))
+    bound = trial.bound.double().squeeze(1)
+    assert bool((bound >= best * (1 - 1e-4)).all())
+    assert float(bound.sum()) < 1.01 * float(best.sum())
+
+
+def step(values: Range, spec: QuantizerSpec) -> Tensor:
+    """Return the distance of neighboring codes."""
+    bits = spec.format.bits
+    if values.amin is None:
+        return values.amax.double() / (2 ** (bits - 1) - 1)
+    return (values.amax - values.amin).double() / (2**bits - 1)
+
+
+class Rounds(TorchDispatchMode):
+    """Counts how often a whole tensor is rounded."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "round" in func.__name__ and args[0].numel() == self.size:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["int4-asym", "int4"])
+def test_a_weight_is_rounded_a_few_times(name: str, toolkit: Toolkit, make_data: Data) -> None:
+    x, spec = make_data("normal", 8, 64), spec_of(toolkit, name)
+    values = measure(x, spec)
+    with Rounds(x.numel()) as once:
+        fake_quantize(x, spec, scales_for(values, spec))
+    with Rounds(x.numel()) as seen:
+        fit_range(x, values, spec)
+    assert 3 * once.count <= seen.count <= 13 * once.count
 
 
 @pytest.mark.parametrize("p", [0.7, 1.0, 2.0, 3.0])

@@ -4,32 +4,33 @@ The aim is that of half-quadratic quantization (Badri and Shaji, Half-Quadratic 
 Large Machine Learning Models, 2023): per group, the scale and the zero point at which rounding
 costs the least. There the scale stays that of the extremes and the zero point, a floating number,
 is found by splitting the problem in two. The zero points of int4 files are integers, and rounding
-what the splitting finds loses all it gained. So this searches: over scales, over the integer zero
-points around the middle of what each scale covers, and then alternates between rounding and the
-scale that fits the rounded numbers best. All of it is taken scale by scale, and makes none worse.
+what the splitting finds loses all it gained. So this searches, over scales and, around the middle
+of what each scale covers, over integer zero points. With squares as errors few candidates are
+enough: once numbers are rounded, the scale and the zero point that fit the codes best follow in
+closed form, and so does an upper bound of what they cost. Whichever promises the least is rounded
+next. All of it is taken scale by scale, and makes none worse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.max import run_max
-from bittern.calibration.search import searchable
+from bittern.calibration.search import searchable, summed, times, unit_of
 from bittern.errors import CalibrationError
 from bittern.numerics import Range, codec_of, fake_quantize, scales_for
-from bittern.numerics.layout import as_blocks, as_scale, block_dims
 from bittern.records import Plan, QuantizerSpec
 
 __all__ = ["fit_range", "run_hqq"]
 
-_PER_OCTAVE = 16  # the fit moves on from there
-_ABOVE, _BELOW = 2, 16  # steps above and below the scale of the extremes
-_ZEROS = (0, -1, 1)
+_ABOVE, _BELOW = 1 / 8, 1.0  # octaves above and below the scale of the extremes
+_STEP, _FINE = 1 / 8, 1 / 16  # octaves between scales, where the fit moves on from there or not
+_FEW = 4  # with fewer steps from end to end, the zero point is worth a search of its own
 
 
 def run_hqq(
@@ -39,7 +40,7 @@ def run_hqq(
     context: CalibrationContext,
     *,
     p: float = 2.0,
-    rounds: int = 8,
+    rounds: int = 2,
 ) -> None:
     """Set the ranges of weights to those with the least rounding error, zero points included.
 
@@ -61,7 +62,7 @@ def run_hqq(
     if not 0 < p <= 8:
         raise CalibrationError(f"p is {p}", hint="choose p above 0 and up to 8, as 2")
     if rounds < 0 or rounds != int(rounds):
-        raise CalibrationError(f"rounds is {rounds}", hint="choose a whole number, as 8")
+        raise CalibrationError(f"rounds is {rounds}", hint="choose a whole number, as 2")
     run_max(model, plan, forward, context)
     for _, module in context.modules(model):
         weights = [q for q in module.slots().values() if q.tensor is not None]
@@ -76,9 +77,36 @@ def run_hqq(
                 quantizer.set_range(fit_range(weight, start, quantizer.spec, p=p, rounds=rounds))
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """Ranges that were tried, each number one per scale.
+
+    Attributes:
+        values: The ranges.
+        cost: What rounding costs.
+        fitted: Those that fit the codes best.
+        bound: What rounding with these costs, at most.
+    """
+
+    values: Range
+    cost: Tensor
+    fitted: Range
+    bound: Tensor
+
+    def with_better(self, other: _Trial) -> _Trial:
+        """Return the better ones of two, scale by scale."""
+        cheaper, promising = other.cost < self.cost, other.bound < self.bound
+        return _Trial(
+            _where(cheaper, other.values, self.values),
+            torch.where(cheaper, other.cost, self.cost),
+            _where(promising, other.fitted, self.fitted),
+            torch.where(promising, other.bound, self.bound),
+        )
+
+
 @torch.no_grad()
 def fit_range(
-    x: Tensor, start: Range, spec: QuantizerSpec, *, p: float = 2.0, rounds: int = 8
+    x: Tensor, start: Range, spec: QuantizerSpec, *, p: float = 2.0, rounds: int = 2
 ) -> Range:
     """Return the range at which rounding ``x`` costs the least, scale by scale.
 
@@ -89,78 +117,87 @@ def fit_range(
         p: Errors count by their ``p``-th power.
         rounds: How often the scales are fitted to the rounded numbers; only for ``p`` of 2.
     """
-    largest = torch.frexp(x.detach().float().abs().max()).exponent.clamp(-126, 126)
-    unit = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), largest)
+    unit = unit_of(start)
     x = x.detach().float() / unit  # so that no power of an error underflows or overflows
-    found = _times(start, 1 / unit)
-    least = _cost(x, found, spec, p)
-    for candidate in _candidates(found, spec):
-        found, least = _better(x, spec, p, (found, least), candidate)
+    values = times(start, 1 / unit, whole=1 / unit)
+    count = summed(torch.ones_like(x), spec).reshape(values.amax.shape)
+    best = _tried(x, values, spec, p=p, count=count)
+    for candidate in _candidates(values, spec, fine=p != 2):
+        best = best.with_better(_tried(x, candidate, spec, p=p, count=count))
     for _ in range(rounds if p == 2 else 0):
-        found, least = _better(x, spec, p, (found, least), _fit(x, found, spec))
-    return _times(found, unit)
+        best = best.with_better(_tried(x, best.fitted, spec, p=p, count=count))
+    return times(best.values, unit, whole=unit)
 
 
-def _candidates(start: Range, spec: QuantizerSpec) -> Iterator[Range]:
+def _candidates(start: Range, spec: QuantizerSpec, *, fine: bool) -> Iterator[Range]:
     """Yield multiples of a range; with zero points, around the middle of what it covers."""
     codec = codec_of(spec.format)
-    for step in range(_ABOVE, -_BELOW - 1, -1):
-        multiple = 2 ** (step / _PER_OCTAVE)
+    low, high = codec.min_value, codec.max_value
+    step = _FINE if fine else _STEP
+    for index in range(round(_ABOVE / step), -round(_BELOW / step) - 1, -1):
+        multiple = 2 ** (index * step)
         if start.amin is None:
-            yield _times(start, multiple, whole=1)
+            if index or fine:  # it begins with 1
+                yield times(start, multiple)
             continue
-        low, high = codec.min_value, codec.max_value
         scale = (start.amax - start.amin) * (multiple / (high - low))
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         middle = (low + high) / 2 - (start.amax + start.amin) / 2 / scale
-        for shift in _ZEROS:
+        for shift in (0, -1, 1) if fine or high - low < _FEW else (0,):
             zero = (middle.round() + shift).clamp(low, high)
             yield Range((high - zero) * scale, amin=(low - zero) * scale)
 
 
-def _fit(x: Tensor, values: Range, spec: QuantizerSpec) -> Range:
-    """Return a range with the scale that brings the rounded numbers closest to ``x``.
+def _tried(x: Tensor, values: Range, spec: QuantizerSpec, *, p: float, count: Tensor) -> _Trial:
+    """Round with a range, and fit the next one to the codes.
 
-    With codes ``q`` less the zero point fixed, ``|x - s q|^2`` is least at ``s = x q / q q``.
+    Less the zero point, codes times the scale are the rounded numbers ``r = x + e``. Zero points
+    that are ``d`` smaller add ``t = d s`` to them all, and a factor ``f`` of the scale is best at
+    ``f = 1 - (e + t)(r + t) / (r + t)^2``, where ``|f (r + t) - x|^2`` falls by the square of
+    the numerator over the denominator. ``d`` is that of the unconstrained least squares, rounded.
+
+    Args:
+        x: The tensor.
+        values: Its range.
+        spec: Format and granularity.
+        p: Errors count by their ``p``-th power.
+        count: How many elements share each scale.
     """
-    rounded = fake_quantize(x, spec, scales_for(values, spec))
-    ratio = _sum(x * rounded, spec) / _sum(rounded * rounded, spec)
-    usable = ratio.isfinite() & (ratio > 0)
-    ratio = torch.where(usable, ratio, torch.ones_like(ratio)).reshape(values.amax.shape)
-    return _times(values, ratio, whole=1)
+    r = fake_quantize(x, spec, scales_for(values, spec))
+    e = r - x
+
+    def total(numbers: Tensor) -> Tensor:
+        return summed(numbers, spec).reshape(values.amax.shape)
+
+    if p != 2:
+        cost = total(e.abs().pow_(p))
+        return _Trial(values, cost, values, cost)
+    ee, er, rr = total(e * e), total(e * r), total(r * r)
+    off, cross, size, moved = ee, er, rr, values
+    if values.amin is not None:
+        codec = codec_of(spec.format)
+        low, high = codec.min_value, codec.max_value
+        scale = (values.amax - values.amin) / (high - low)
+        zero = (low - values.amin / scale).round()
+        e_sum, r_sum = total(e), total(r)
+        slope = (r_sum * e_sum - count * er) / (count * rr - r_sum * r_sum)  # less 1
+        intercept = -(e_sum + slope * r_sum) / count
+        other = (zero - intercept / ((1 + slope) * scale)).round().clamp(low, high)
+        other = torch.where(other.isfinite(), other, zero)
+        t = (zero - other) * scale
+        off = ee + 2 * t * e_sum + t * t * count
+        cross = er + t * (e_sum + r_sum) + t * t * count
+        size = rr + 2 * t * r_sum + t * t * count
+        moved = Range((high - other) * scale, amin=(low - other) * scale)
+    factor, bound = 1 - cross / size, off - cross * cross / size
+    usable = factor.isfinite() & (factor > 0)
+    fitted = _where(usable, times(moved, factor), values)
+    return _Trial(values, ee, fitted, torch.where(usable, bound, ee))
 
 
-def _better(
-    x: Tensor, spec: QuantizerSpec, p: float, best: tuple[Range, Tensor], other: Range
-) -> tuple[Range, Tensor]:
-    """Return the better one of two ranges, scale by scale, and what it costs."""
-    found, least = best
-    costs = _cost(x, other, spec, p)
-    better = costs < least
-    amin = None
-    if found.amin is not None and other.amin is not None:
-        amin = torch.where(better, other.amin, found.amin)
-    chosen = replace(found, amax=torch.where(better, other.amax, found.amax), amin=amin)
-    return chosen, torch.where(better, costs, least)
-
-
-def _cost(x: Tensor, values: Range, spec: QuantizerSpec, p: float) -> Tensor:
-    """Return the sum of the errors' powers, one per scale."""
-    error = (fake_quantize(x, spec, scales_for(values, spec)) - x).abs_()
-    powers = error.square_() if p == 2 else error.pow_(p)
-    return _sum(powers, spec).reshape(values.amax.shape)
-
-
-def _sum(values: Tensor, spec: QuantizerSpec) -> Tensor:
-    """Add up over what shares a scale."""
-    blocks, dims = as_blocks(values, spec.granularity), block_dims(spec.granularity, values.dim())
-    return as_scale(blocks.sum(dims, keepdim=True) if dims else blocks, spec.granularity)
-
-
-def _times(values: Range, factor: Tensor | float, *, whole: float | None = None) -> Range:
-    """Return a multiple of a range; ``whole`` is that of what belongs to the whole tensor."""
-    amin = None if values.amin is None else values.amin * factor
-    top = values.global_amax
-    if top is not None:
-        top = top * (factor if whole is None else whole)
-    return Range(values.amax * factor, amin=amin, global_amax=top)
+def _where(chosen: Tensor, one: Range, other: Range) -> Range:
+    """Return one range or the other, scale by scale."""
+    amin = other.amin
+    if one.amin is not None and amin is not None:
+        amin = torch.where(chosen, one.amin, amin)
+    return replace(other, amax=torch.where(chosen, one.amax, other.amax), amin=amin)

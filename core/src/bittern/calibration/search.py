@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +13,18 @@ from bittern.numerics import Range, codec_of, fake_quantize, scales_for
 from bittern.numerics.layout import as_blocks, as_scale, block_dims
 from bittern.records import QuantizerSpec
 
-__all__ = ["Error", "best_multiple", "best_range", "cost", "multipliers", "searchable", "squared"]
+__all__ = [
+    "Error",
+    "best_multiple",
+    "best_range",
+    "cost",
+    "multipliers",
+    "searchable",
+    "squared",
+    "summed",
+    "times",
+    "unit_of",
+]
 
 # What rounding costs, per element: of the rounded and the original tensor, both float32.
 Error = Callable[[Tensor, Tensor], Tensor]
@@ -91,7 +101,7 @@ def best_range(
         CalibrationError: As for `best_multiple`.
     """
     chosen = best_multiple(x, values, spec, candidates=candidates, error=error)
-    return _times(values, chosen)
+    return times(values, chosen)
 
 
 @torch.no_grad()
@@ -123,38 +133,36 @@ def best_multiple(
     Raises:
         CalibrationError: ``error`` returns another shape than that of its arguments.
     """
-    unit = _unit(values)
+    unit = unit_of(values)
     x = x.detach().float() / unit
-    values = _in_units(values, unit)
-    dims = block_dims(spec.granularity, x.dim())
+    values = times(values, 1 / unit, whole=1 / unit)
     fitted = codec_of(spec.format).fitted
     least = torch.full_like(values.amax, torch.inf)
     chosen = torch.ones_like(values.amax)
     for candidate in candidates:
-        scales = scales_for(_times(values, candidate), spec, x if fitted else None)
+        scales = scales_for(times(values, candidate), spec, x if fitted else None)
         costs = cost(error, fake_quantize(x, spec, scales), x)
-        blocks = as_blocks(costs, spec.granularity)
-        total = blocks.sum(dims, keepdim=True) if dims else blocks
-        total = as_scale(total, spec.granularity).reshape(least.shape)
+        total = summed(costs, spec).reshape(least.shape)
         better = total < least
         least = torch.where(better, total, least)
         chosen = torch.where(better, candidate, chosen)
     return chosen
 
 
-def _times(values: Range, factor: Tensor | float) -> Range:
-    """Return a multiple of a range; what belongs to the whole tensor stays."""
+def summed(values: Tensor, spec: QuantizerSpec) -> Tensor:
+    """Return the sums over what shares a scale."""
+    blocks, dims = as_blocks(values, spec.granularity), block_dims(spec.granularity, values.dim())
+    return as_scale(blocks.sum(dims, keepdim=True) if dims else blocks, spec.granularity)
+
+
+def times(values: Range, factor: Tensor | float, *, whole: Tensor | float = 1) -> Range:
+    """Return a multiple of a range; ``whole`` is that of what belongs to the whole tensor."""
     amin = None if values.amin is None else values.amin * factor
-    return replace(values, amax=values.amax * factor, amin=amin)
+    top = None if values.global_amax is None else values.global_amax * whole
+    return Range(values.amax * factor, amin=amin, global_amax=top)
 
 
-def _in_units(values: Range, unit: Tensor) -> Range:
-    """Return a range, divided by a power of two."""
-    whole = None if values.global_amax is None else values.global_amax / unit
-    return replace(_times(values, 1 / unit), global_amax=whole)
-
-
-def _unit(values: Range) -> Tensor:
+def unit_of(values: Range) -> Tensor:
     """Return a power of two near the largest magnitude, 1 for zeros."""
     largest = values.amax if values.amin is None else torch.maximum(values.amax, -values.amin)
     largest = largest.max()
