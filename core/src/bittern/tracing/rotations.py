@@ -259,6 +259,8 @@ class _Walk:
             raise _StopError(f"{where} is not looked into")
         state = self._rule(name, where, node, ins, outs)
         for value in outs:
+            if not value.floating:
+                raise _StopError(f"{where} makes numbers that are no floats of single channels")
             self._once(value)
             self.states[value] = state
 
@@ -349,7 +351,10 @@ class _Walk:
 
     def _statistic(self, name: str, where: str, node: OpNode, value: Value) -> _State:
         """Sums over the channels: of squares they stay, others if ones are left alone."""
-        if self._state(value).how is not _How.SQUARED:
+        if self._state(value).how is _How.SQUARED:
+            if name not in ("sum", "mean"):
+                raise _StopError(f"{where} reads squares of single channels")
+        else:
             self._plain(value, where)
             if name != "linalg_vector_norm":
                 self.ones = True
