@@ -313,8 +313,8 @@ def _error(group: _Group, factor: Tensor) -> Tensor:
 def _operand(errors: Tensor) -> Tensor:
     """Return a matrix as a GPU multiplies it fast; sums are in float32 everywhere.
 
-    Rounding the errors to 8 bits changes what they add up to by 1e-6 to 1e-4 of it (against float64,
-    channels over four decades); the factors that are compared differ by far more.
+    Rounding the errors to 8 bits changes what they add up to by 1e-6 to 1e-4 of it, measured
+    against float64; the factors that are compared differ by far more.
     """
     return (errors.bfloat16() if errors.device.type == "cuda" else errors).unsqueeze(0)
 
