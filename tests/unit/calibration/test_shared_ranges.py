@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bittern.calibration.context import CalibrationContext
+from bittern.calibration.max import run_max
 from bittern.nn import named_quantizers
+from bittern.nn.observer import SharedInputs
 from bittern.toolkit import Toolkit
 
 
@@ -109,3 +113,30 @@ def test_sharing_can_be_switched_off(toolkit: Toolkit) -> None:
     recipe = {**NVFP4, "algorithm": {"max": {"share": False}}}
     toolkit.quantize(model, recipe, [torch.randn(4, 32)])
     assert globals_of(model, ".weight") == own
+
+
+def test_the_model_is_traced_only_where_ranges_can_differ(toolkit: Toolkit) -> None:
+    model, data = Branches().eval(), batches()
+    plan = toolkit.plan(model, "int8")
+    toolkit.convert(model, plan)
+    traced: list[int] = []
+
+    def used(some: list[Tensor]) -> bool:
+        traced.clear()
+        access: Any = lambda module, *, write: nullcontext()  # noqa: E731
+        context = CalibrationContext(
+            shared=(shared := SharedInputs()), access=access, trace=lambda: traced.append(1)
+        )
+
+        def forward() -> int:
+            for shared.batch, x in enumerate(some):
+                model(x)
+            return len(some)
+
+        run_max(model, plan, forward, context)
+        return bool(traced)
+
+    assert not used(data[:1])  # all of them saw all
+    found = ranges(model)
+    assert found["a"] == found["b"]
+    assert used(data)

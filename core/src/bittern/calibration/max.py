@@ -132,7 +132,8 @@ def activations_at_max(
     if biases:
         calibrate_biases(model, forward, context)
     watched = {name: (q, q.extremes) for name, q in quantizers.items()}
-    for name, value in observe_max(model, watched, forward, context).items():
+    found = observe_max(model, watched, forward, context)
+    for name, value in found.values.items():
         if value is not None:
             quantizer = quantizers[name]
             if quantizer.per_expert:
@@ -142,5 +143,5 @@ def activations_at_max(
                 )
             filled = fill_unseen(value) if quantizer.per_expert else value
             quantizer.set_range(quantizer.extremes.range_of(filled))
-    if share:
+    if share and not found.alike:  # else they are equal, and the model needs no trace
         share_ranges(model, context)

@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.histogram import BINS, Histogram, HistogramObserver, coarsened, empty
-from bittern.calibration.reduce import reduce_max, reduce_sum
+from bittern.calibration.reduce import agree, reduce_max, reduce_sum
 from bittern.errors import CalibrationError
 from bittern.nn import TensorQuantizer, switched_off
 from bittern.nn.extremes import Extremes
 from bittern.nn.observer import MaxObserver, Observer
 
-__all__ = ["observe", "observe_histograms", "observe_max"]
+__all__ = ["Maxima", "observe", "observe_histograms", "observe_max"]
+
+
+@dataclass(frozen=True)
+class Maxima:
+    """What a data pass found.
+
+    Attributes:
+        values: Name to the extremes over all batches and ranks, ``None`` where no data came by.
+        alike: Whether all of them saw equally many tensors in every batch: then those that read
+            one tensor have seen the same.
+    """
+
+    values: dict[str, Tensor | None]
+    alike: bool
+
+
+class _Observer(MaxObserver):
+    """Tells in which batches it saw tensors."""
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch of every tensor."""
+        return tuple(self._batches)
 
 
 def observe(
@@ -62,7 +85,7 @@ def observe_max(
     watched: Mapping[str, tuple[TensorQuantizer, Extremes]],
     forward: Forward,
     context: CalibrationContext,
-) -> dict[str, Tensor | None]:
+) -> Maxima:
     """Run the unquantized model over the data and return the extremes.
 
     Args:
@@ -71,23 +94,22 @@ def observe_max(
         forward: Runs the data.
         context: Services.
 
-    Returns:
-        Name to the extremes over all batches and ranks, ``None`` where no data came by.
-
     Raises:
         CalibrationError: NaN or Inf in an activation; names the quantizer and the batch.
     """
     observers = {
-        name: (quantizer, MaxObserver(extremes, context.shared, name=quantizer.name))
+        name: (quantizer, _Observer(extremes, context.shared, name=quantizer.name))
         for name, (quantizer, extremes) in watched.items()
     }
     problem = observe(model, observers, forward, context)
     found = {name: observer.result() for name, (_, observer) in observers.items()}
     reduced = reduce_max(found, problem)
-    return {
+    values = {
         name: None if value is None else value.to(_device(found[name], value))
         for name, value in reduced.items()
     }
+    own = len({observer.batches for _, observer in observers.values()}) <= 1
+    return Maxima(values, all(agree(payload=own)))
 
 
 def observe_histograms(

@@ -65,7 +65,7 @@ def run_smooth(
     for fold in folds:  # the consumers of a fold read one tensor
         first = fold.consumers[0]
         watched[first] = (_input(model, first), Extremes(PerChannel(axes[first])))
-    ranges = observe_max(model, watched, forward, context)
+    ranges = observe_max(model, watched, forward, context).values
     taken: set[str] = set()
     for fold in folds:
         amax = ranges[fold.consumers[0]]
