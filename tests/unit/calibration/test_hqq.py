@@ -165,6 +165,23 @@ def test_channels_have_ranges_as_well(toolkit: Toolkit, make_data: Data) -> None
     assert bool((fitted < cost(fake_quantize(x, spec))).all())
 
 
+@pytest.mark.parametrize("name", ["int4-asym", "nvfp4"])
+def test_rows_of_a_large_weight_have_the_ranges_they_have_alone(
+    name: str, toolkit: Toolkit, make_data: Data
+) -> None:
+    x, spec = make_data("normal", 1100, 256), spec_of(toolkit, name)  # more than a chunk
+    start = measure(x, spec)
+    whole = fit_range(x, start, spec, rounds=1)
+    rows = slice(1000, 1050)
+    amin = None if start.amin is None else start.amin[rows]
+    alone = fit_range(
+        x[rows], Range(start.amax[rows], amin=amin, global_amax=start.global_amax), spec, rounds=1
+    )
+    assert whole.amax.shape == start.amax.shape
+    torch.testing.assert_close(whole.amax[rows], alone.amax, rtol=0, atol=0)
+    assert whole.global_amax is None or torch.equal(whole.global_amax, start.global_amax)
+
+
 # --- in a recipe ----------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from bittern.calibration.max import run_max
 from bittern.calibration.search import searchable, summed, times, unit_of
 from bittern.errors import CalibrationError
 from bittern.numerics import Range, codec_of, fake_quantize, scales_for
+from bittern.numerics.chunked import CHUNK
 from bittern.records import Plan, QuantizerSpec
 
 __all__ = ["fit_range", "run_hqq"]
@@ -117,16 +118,41 @@ def fit_range(
         p: Errors count by their ``p``-th power.
         rounds: How often the scales are fitted to the rounded numbers; only for ``p`` of 2.
     """
-    unit = unit_of(start)
-    x = x.detach().float() / unit  # so that no power of an error underflows or overflows
+    unit = unit_of(start)  # so that no power of an error underflows or overflows
     values = times(start, 1 / unit, whole=1 / unit)
+    found = [
+        _fitted(part.detach().float() / unit, own, spec, p=p, rounds=rounds)
+        for part, own in _parts(x, values)
+    ]
+    lows = [own.amin for own in found if own.amin is not None]
+    amax = torch.cat([own.amax for own in found]) if len(found) > 1 else found[0].amax
+    amin = torch.cat(lows) if len(lows) > 1 else found[0].amin
+    return times(Range(amax, amin=amin, global_amax=values.global_amax), unit, whole=unit)
+
+
+def _parts(x: Tensor, values: Range) -> Iterator[tuple[Tensor, Range]]:
+    """Yield rows that share no scale with others, few enough that they stay in a CPU's cache."""
+    amax, whole = values.amax, values.global_amax
+    apart = 0 < amax.dim() == x.dim() and len(amax) == len(x)
+    if x.device.type != "cpu" or not apart or (whole is not None and whole.numel() > 1):
+        yield x, values
+        return
+    rows = max(1, CHUNK * len(x) // max(x.numel(), 1))
+    for start in range(0, max(len(x), 1), rows):
+        own = slice(start, start + rows)
+        amin = None if values.amin is None else values.amin[own]
+        yield x[own], Range(amax[own], amin=amin, global_amax=whole)
+
+
+def _fitted(x: Tensor, values: Range, spec: QuantizerSpec, *, p: float, rounds: int) -> Range:
+    """Return the range at which rounding ``x``, numbers near 1, costs the least."""
     count = summed(torch.ones_like(x), spec).reshape(values.amax.shape)
     best = _tried(x, values, spec, p=p, count=count)
     for candidate in _candidates(values, spec, fine=p != 2):
         best = best.with_better(_tried(x, candidate, spec, p=p, count=count))
     for _ in range(rounds if p == 2 else 0):
         best = best.with_better(_tried(x, best.fitted, spec, p=p, count=count))
-    return times(best.values, unit, whole=unit)
+    return best.values
 
 
 def _candidates(start: Range, spec: QuantizerSpec, *, fine: bool) -> Iterator[Range]:
