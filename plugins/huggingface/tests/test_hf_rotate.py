@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import bittern as bt
+from bittern.errors import CalibrationError
 from bittern.nn import quantizers_off
+from bittern.records import LoadConfig
 from tracing_zoo import Entry
 from transformers_zoo import ZOO
 
@@ -150,3 +154,23 @@ def test_the_function_stays_whatever_the_architecture(
         assert float((value - wanted).norm() / wanted.norm()) < 1e-3
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert any("norm" in n or "ln_" in n for n in changed) == (entry.name in ROTATED)
+
+
+def test_heads_of_a_model_on_the_disk_are_rotated_as_in_memory(tmp_path: Path) -> None:
+    """Its residual stream cannot be: it goes through all blocks."""
+    made("llama", hidden_size=512, head_dim=128).save_pretrained(tmp_path / "m")
+    plain, disk = (bt.load(tmp_path / "m", config=LoadConfig(device=d)) for d in ("cpu", "disk"))
+    assert disk.get_parameter("model.layers.0.self_attn.v_proj.weight").is_meta
+    batches = [{"input_ids": IDS}]
+    for name in ("int8", "mxfp4"):
+        whole = {**RECIPE, "extends": name}
+        with pytest.raises(CalibrationError, match="goes through all blocks"):
+            bt.quantize(disk, whole, batches, work_dir=tmp_path / f"refused-{name}")
+    recipe = {"extends": "int8", "algorithm": [{"rotate": {"residual": False}}, "max"]}
+    bt.quantize(plain, recipe, batches, layerwise=True)
+    bt.quantize(disk, recipe, batches, work_dir=tmp_path / "work")
+    values = [f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)]
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=IDS).logits, disk(input_ids=IDS).logits)
+    with safe_open(tmp_path / "m" / "model.safetensors", "pt") as before:
+        assert not any(torch.equal(before.get_tensor(n), plain.get_parameter(n)) for n in values)

@@ -30,8 +30,10 @@ from torch.utils import _pytree as pytree
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.moves import check_followed
 from bittern.errors import CalibrationError
+from bittern.nn import quantizers_off
 from bittern.numerics.rotation import hadamard
 from bittern.records import Member, Plan
+from bittern.runtime.ondisk import places_of
 from bittern.tracing import Trace
 from bittern.tracing.rotations import Gain, Rotatable, find_rotations
 
@@ -73,13 +75,15 @@ def run_rotate(
 
     Raises:
         CalibrationError: No step that sets ranges follows, or the model is calibrated block by
-            block and residual streams are to be rotated.
+            block and residual streams are to be rotated; or outputs are not what they were, and
+            weights lie on the disk.
     """
     check_followed(NAME, plan)
-    if residual and context.only is not None:
+    if residual and (context.only is not None or places_of(model)):
         raise CalibrationError(
             "a residual stream goes through all blocks, and cannot be rotated block by block",
-            hint="leave out layerwise and work_dir, or give rotate: {residual: false}",
+            hint="hold the whole model in memory, without layerwise and work_dir, or give "
+            "rotate: {residual: false}",
         )
     trace = context.trace()
     if trace is None:
@@ -99,16 +103,35 @@ def run_rotate(
             log.log(level, "not rotated: %d channels of %s: %s", found.size, found.name, job)
     if not jobs:
         return
-    before, mark = context.example(), len(context.undo)
+    before, mark = _outputs(model, context), len(context.undo)
     remembered: set[str] = set()
     for job in jobs:
         job.apply(model, seed, context, remembered)
-    problem = _difference(before, context.example())
-    if problem:
-        log.warning("not rotated, all is put back: %s", problem)
-        for undo in reversed(context.undo[mark:]):
-            undo()
-        del context.undo[mark:]
+    problem = _difference(before, _outputs(model, context))
+    if not problem:
+        return
+    if places_of(model):  # nothing was remembered; the files are what they were
+        raise CalibrationError(
+            f"rotate changed what the model computes: {problem}",
+            hint="leave it out of the recipe, and report the model's architecture",
+        )
+    log.warning("not rotated, all is put back: %s", problem)
+    for undo in reversed(context.undo[mark:]):
+        undo()
+    del context.undo[mark:]
+
+
+def _outputs(model: nn.Module, context: CalibrationContext) -> Any:
+    """Return what the model computes of its first batch, or the block that is calibrated now.
+
+    ``None`` for a block whose inputs no step of the recipe asks for.
+    """
+    if context.only is None:
+        return context.example()
+    if context.block is None or not context.block.batches:
+        return None
+    with quantizers_off(model):
+        return context.block.run(0)
 
 
 def _outside(found: Rotatable, planned: set[str], context: CalibrationContext) -> str:
