@@ -92,6 +92,20 @@ def test_it_goes_on_from_weights_that_steps_before_it_moved(start: str) -> None:
         torch.testing.assert_close(parameter, layerwise.get_parameter(name))
 
 
+def test_tied_weights_are_what_they_were() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU()
+    )
+    model.append(nn.Linear(WIDTH, WIDTH, bias=False))
+    model[3].weight = model[0].weight
+    ids = [torch.arange(WIDTH).reshape(4, 8)]
+    rule = {"match": "1", "weight": INT3}
+    steps = [{"gptq": {"rounded": False}}, {"distill-rounding": {"steps": 2}}]
+    bt.quantize(model.eval(), {"rules": [rule], "algorithm": steps}, ids)
+    assert model[3].weight is model[0].weight
+
+
 def test_a_block_by_block_step_after_it_is_refused_with_a_work_directory(tmp_path: Path) -> None:
     steps = {**recipe(INT3), "algorithm": [{"distill-rounding": {"steps": 1}}, "gptq"]}
     model = build()

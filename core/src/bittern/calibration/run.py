@@ -226,13 +226,15 @@ def _check_order(
 
 
 def _originals(model: nn.Module, access: Callable[..., Any]) -> dict[str, Tensor]:
-    """Return copies of all parameters."""
+    """Return copies of all parameters; of one that has several names, under the first."""
+    names = {name for name, _ in model.named_parameters()}
     found = {}
     for path, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             with access(module, write=False):
                 for name, parameter in module.named_parameters(path, recurse=False):
-                    found[name] = parameter.detach().clone()
+                    if name in names:
+                        found[name] = parameter.detach().clone()
     return found
 
 
