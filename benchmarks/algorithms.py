@@ -14,6 +14,10 @@ and after, and the fewest seconds count. On a CPU they are CPU seconds. Memory i
 
 ModelOpt 0.47 with the large model on an H200 (plain 0.17 s): 4.8 to 5.0 x for FP8, INT8 and NVFP4,
 11.5 x for SmoothQuant, 56 x and 88 x for INT4 and NVFP4 AWQ, 0.85 s for INT4 without data.
+
+Measured on a CPU (AMD EPYC, 2 shared cores, torch 2.13), the small model: fp8 1.10, int8 1.09,
+nvfp4 1.22, int8-smoothquant 2.6, int4-awq 6.4, nvfp4-awq 10.2 x the plain passes; without data
+22 to 32 ms; int4-hqq 2.0 s, int4-gptq 3.9 s. On a GPU not yet.
 """
 
 from __future__ import annotations
@@ -164,7 +168,7 @@ class Bench:
         activities += [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         with torch.profiler.profile(activities=activities) as found:
             bt.quantize(model, row.recipe, data)
-        order = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
         print(found.key_averages().table(sort_by=order, row_limit=lines), file=sys.stderr)
 
 
