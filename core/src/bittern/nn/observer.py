@@ -19,6 +19,8 @@ __all__ = ["MaxObserver", "Observer", "SharedInputs"]
 
 T = TypeVar("T")
 
+_TOGETHER, _SMALL = 32, 2**16  # how many values of so many numbers wait to be folded
+
 
 @dataclass
 class _Seen:
@@ -96,6 +98,7 @@ class Observer(Protocol):
 class MaxObserver:
     """Running maximum of ``|x|``, or of both ends of the range.
 
+    Values are kept for a while and folded together: a batch costs no operation but the statistic.
     NaN and Inf propagate through the running maximum. The number of calls before it turned bad is
     counted on the device and read once at the end, which names the batch without a sync in the
     loop.
@@ -110,6 +113,7 @@ class MaxObserver:
         self._extremes = extremes
         self._name = name
         self._shared = shared
+        self._waiting: list[Tensor] = []
         self._amax: Tensor | None = None
         self._good: Tensor | None = None
         self._batches: list[int] = []
@@ -128,25 +132,42 @@ class MaxObserver:
             value = extremes.of(x, experts)
         else:
             value = self._shared.extremes(x, extremes)
-        if self._amax is not None and value.shape != self._amax.shape:
+        known = self._waiting[0] if self._waiting else self._amax
+        if known is not None and value.shape != known.shape:
             raise CalibrationError(
                 f"inputs of different shapes have no common scales: granularity "
-                f"{extremes} gives {tuple(self._amax.shape)} and {tuple(value.shape)}",
+                f"{extremes} gives {tuple(known.shape)} and {tuple(value.shape)}",
                 where=self._name or None,
                 hint="use granularity: tensor, or make the scales dynamic",
             )
-        self._amax = value if self._amax is None else torch.maximum(self._amax, value)
-        finite = self._amax.isfinite()
-        finite = finite.all() if finite.dim() else finite
-        self._good = finite.long() if self._good is None else self._good + finite
+        self._waiting.append(value)
         self._batches.append(self._shared.batch)
+        if len(self._waiting) >= (_TOGETHER if value.numel() <= _SMALL else 1):
+            self._fold()
+
+    def _fold(self) -> None:
+        """Bring the values that wait and the maximum together."""
+        if not self._waiting:
+            return
+        values = torch.stack([value.to(self._waiting[0].device) for value in self._waiting])
+        self._waiting = []
+        largest = values.amax(0)
+        known = self._amax
+        self._amax = largest if known is None else torch.maximum(known, largest)
+        bad = ~values.isfinite().reshape(len(values), -1).all(1)
+        good = (bad.cumsum(0) == 0).sum()  # how many before the first bad one
+        if self._good is not None and known is not None:
+            good = self._good + good * known.isfinite().all()
+        self._good = good
 
     def result(self) -> Tensor | None:
         """Return the largest extremes seen, ``None`` if no tensor was."""
+        self._fold()
         return self._amax
 
     def first_bad_batch(self) -> int | None:
         """Return the index of the first batch with NaN or Inf."""
+        self._fold()
         if self._good is None:
             return None
         good = int(self._good)

@@ -103,13 +103,18 @@ class Axis:
         return tuple(t for part in axis.parts for t in part.terms())
 
     def leaves(self) -> Iterator[Axis]:
-        """Yield the leaves, some of them several times."""
-        axis = self.find()
-        if axis.kind is Kind.LEAF:
-            yield axis
-        else:
-            for part in axis.parts:
-                yield from part.leaves()
+        """Yield the leaves in order, each once: in deep models the same parts return very often."""
+        seen: set[Axis] = set()
+        waiting: list[Axis] = [self]
+        while waiting:
+            axis = waiting.pop().find()
+            if axis in seen:
+                continue
+            seen.add(axis)
+            if axis.kind is Kind.LEAF:
+                yield axis
+            else:
+                waiting.extend(reversed(axis.parts))
 
     def fix(self, reason: str, *, barrier: bool = False) -> None:
         """Forbid that coordinates are moved or removed; the first reason stays."""
