@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bittern.errors import CalibrationError
 from bittern.nn import QuantModule
 
 WIDTH, CLASSES = 32, 20
+KEY = "last_hidden_state"
 
 
 class Model(nn.Module):
@@ -90,6 +92,33 @@ def test_it_goes_on_from_weights_that_steps_before_it_moved(start: str) -> None:
     assert divergence(both) < 0.8 * divergence(alone)
     for name, parameter in both.named_parameters():
         torch.testing.assert_close(parameter, layerwise.get_parameter(name))
+
+
+class Encoder(Model):
+    """Gives hidden states, no logits."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        found = super().forward(input_ids, attention_mask)["logits"]
+        return {KEY: 10 * found}
+
+
+def test_a_model_without_logits_keeps_its_outputs() -> None:
+    torch.manual_seed(0)
+    nearest = Encoder().eval()
+    learned, plain = copy.deepcopy(nearest), copy.deepcopy(nearest)
+    bt.quantize(nearest, recipe(INT3, "mse"), data())
+    bt.quantize(learned, recipe(INT3, steps=60), data())
+    errors = []
+    for model in (nearest, learned):
+        with torch.no_grad():
+            pairs = [(model(**x), plain(**x)) for x in data()]
+        errors.append(
+            sum(
+                float((a["last_hidden_state"] - b["last_hidden_state"]).square().sum())
+                for a, b in pairs
+            )
+        )
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_tied_weights_are_what_they_were() -> None:

@@ -251,14 +251,14 @@ def register_recipes() -> list[RecipeSource]:
         "int4-gptq": "int4 weights in groups of 128, rounded by GPTQ, activations as they are",
         "nvfp4-gptq": "W4A4: nvfp4 weights and activations, weights rounded by GPTQ",
         "int4-best": (
-            "int4 weights in groups of 128, rounding learned by block; activations as they are"
+            "int4 weights in groups of 128, rounding learned for the logits; activations as they are"
         ),
-        "nvfp4a16-best": "nvfp4 weights, rounding learned block by block; activations as they are",
+        "nvfp4a16-best": "nvfp4 weights, rounding learned for the logits; activations as they are",
         "nvfp4-best": (
-            "W4A4: nvfp4 weights and activations, rounding of weights learned block by block"
+            "W4A4: nvfp4 weights and activations, rounding of weights learned for the logits"
         ),
         "mxfp4-best": (
-            "W4A4: mxfp4 weights and activations, rounding of weights learned block by block"
+            "W4A4: mxfp4 weights and activations, rounding of weights learned for the logits"
         ),
         "nvfp4-svdquant": (
             "W4A4: nvfp4 with a low-rank branch in full precision beside each weight (SVDQuant)"

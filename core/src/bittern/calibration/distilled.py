@@ -1,7 +1,8 @@
 """Learned rounding of a whole model: its outputs are those of the unquantized one.
 
 The offsets, clips and gains of all blocks (`bittern.calibration.descent`) follow the signs of the
-gradients of ``KL(original || quantized)`` at the logits. What block-wise targets cannot see counts
+gradients of ``KL(original || quantized)`` at the logits; of a model that gives none, an encoder
+for one, those of the squared error of its outputs. What block-wise targets cannot see counts
 here: which errors of a block the later ones forgive. The price is memory: for the activations of
 the whole model, and for two more numbers per weight.
 """
@@ -21,7 +22,7 @@ from torch.func import functional_call
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.descent import Pace, Rounding, learnable
 from bittern.calibration.gram import planned_weights
-from bittern.calibration.pieces import Piece, Pieces, in_half
+from bittern.calibration.pieces import Piece, Pieces, floats, in_half, mean_square
 from bittern.calibration.reduce import reduce_sum
 from bittern.calibration.replay import BlockRun, Call
 from bittern.calibration.rounding import find_start
@@ -35,6 +36,7 @@ __all__ = ["run_distill_rounding"]
 
 log = logging.getLogger("bittern.calibration")
 
+_TINY = torch.finfo(torch.float32).tiny
 _CHECKS = 4  # steps on whose rows the result is compared with the start
 
 
@@ -60,7 +62,7 @@ def run_distill_rounding(
     that are to be kept are those of the model before the first step.
 
     Args:
-        model: The converted model; its outputs are logits.
+        model: The converted model.
         plan: Its plan.
         forward: Runs the data.
         context: Services.
@@ -75,7 +77,6 @@ def run_distill_rounding(
 
     Raises:
         CalibrationError: An option is out of range, or there is no data.
-        DataError: The model's output holds no logits.
     """
     pace = Pace.of(steps=steps, lr=lr, clip=clip, norms=norms)
     if forward is None:
@@ -98,7 +99,7 @@ def run_distill_rounding(
         losses = (partial(task.loss, step) for step in taken)
         rounding.learn(losses, pace)
         after = task.error(checks, rounding.weights())
-        log.info("KL %.3g, rounded to nearest %.3g", after, before)
+        log.info("error of the outputs %.3g, rounded to nearest %.3g", after, before)
         if not after < before:
             rounding.reset()
         rounding.write(context)
@@ -125,7 +126,7 @@ def _mask(call: Call) -> Tensor | None:
 
 
 class _Task:
-    """How far the model's logits are off.
+    """How far the model's outputs are off.
 
     Args:
         calls: The model and its calls.
@@ -139,12 +140,12 @@ class _Task:
     ) -> None:
         self._calls, self._pieces = calls, pieces
         self._originals = dict(originals)
-        self._half = half
+        self._half = half and pieces.run_in_half()
         found = (q.transforms for _, q in named_quantizers(calls.module) if originals)
         self._moved = [t for t in found if t is not None and t.pre_scale is not None]
 
     def loss(self, step: Sequence[Piece], weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the divergence of the logits over what is no padding."""
+        """Return how far the outputs are off, over what is no padding."""
         return torch.stack([self._loss(piece, weights) for piece in step]).mean()
 
     @torch.no_grad()
@@ -158,11 +159,13 @@ class _Task:
         args, kwargs = self._pieces.inputs(piece)
         with in_half(model, half=self._half):
             with torch.no_grad(), self._unquantized():
-                truth = _logits(functional_call(model, self._originals, args, kwargs))
-            found = _logits(functional_call(model, dict(weights), args, kwargs))
+                truth = functional_call(model, self._originals, args, kwargs)
+            found = functional_call(model, dict(weights), args, kwargs)
         mask = self._pieces.take(piece, self._calls.mask(piece.call))
-        counted = None if mask is None or mask.shape != found.shape[:-1] else mask.bool()
-        return divergence(found, truth, counted, temperature=1.0)
+        if _has_logits(truth):
+            return _divergence(_logits(found), _logits(truth), mask)
+        pairs = zip(floats(found), floats(truth), strict=True)
+        return torch.stack([_relative(a.float(), b.float(), mask) for a, b in pairs]).sum()
 
     @contextmanager
     def _unquantized(self) -> Iterator[None]:
@@ -175,5 +178,22 @@ class _Task:
             yield
 
 
+def _has_logits(output: Any) -> bool:
+    """Return whether a model gives logits: a tensor is taken for that, an output with names not."""
+    if isinstance(output, Mapping):
+        return "logits" in output
+    return isinstance(output, Tensor) or hasattr(output, "logits")
+
+
 def _logits(output: Any) -> Tensor:
     return logits_of(output, ModelAdapter())
+
+
+def _divergence(found: Tensor, truth: Tensor, mask: Tensor | None) -> Tensor:
+    counted = None if mask is None or mask.shape != found.shape[:-1] else mask.bool()
+    return divergence(found, truth, counted, temperature=1.0)
+
+
+def _relative(found: Tensor, truth: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the squared error of an output, relative to its size."""
+    return mean_square(found - truth, mask) / mean_square(truth, mask).clamp_min(_TINY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +16,9 @@ from bittern.calibration.replay import BlockRun
 from bittern.errors import CalibrationError
 from bittern.nn import quantizers_off
 
-__all__ = ["Piece", "Pieces", "floats", "in_half"]
+__all__ = ["Piece", "Pieces", "floats", "in_half", "mean_square"]
+
+log = logging.getLogger("bittern.calibration")
 
 _HELD = 8  # one of so many rows, or calls, is held out
 _CLOSE = 2e-2  # rows alone give what they give among others, up to kernels
@@ -67,6 +70,20 @@ class Pieces:
             for part in (torch.split(rows, self._rows) if rows is not None else [None])
         ]
         return held[:count] or list(islice(self, count))
+
+    @torch.no_grad()
+    def run_in_half(self) -> bool:
+        """Return whether the module runs with products in bfloat16: not every operator does."""
+        if not self._sizes:
+            return False
+        module = self._block.module
+        try:
+            with quantizers_off(module), in_half(module, half=True):
+                self._block.run(0)
+        except RuntimeError as error:
+            log.info("%s is run in its own dtype: %s", self._block.name or "the model", error)
+            return False
+        return True
 
     def _parted(self) -> tuple[dict[int, Tensor | None], dict[int, Tensor | None]]:
         """Return the rows of every call to learn from, and those held out; ``None`` for all."""
@@ -165,6 +182,20 @@ def in_half(module: nn.Module, *, half: bool) -> torch.autocast:
     wide = all(p.dtype == torch.float32 for p in parameters)
     device = parameters[0].device.type if parameters else "cpu"
     return torch.autocast(device, torch.bfloat16, enabled=half and wide)
+
+
+def mean_square(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean square over what is no padding.
+
+    Args:
+        values: Any shape.
+        mask: Which positions count, in the first dimensions of ``values``; of another shape, or
+            ``None``: all.
+    """
+    if mask is None or values.shape[: mask.dim()] != mask.shape:
+        return values.square().mean()
+    counted = values[mask.to(values.device).bool()]
+    return counted.square().sum() / max(counted.numel(), 1)
 
 
 def _size(inputs: Any) -> int:

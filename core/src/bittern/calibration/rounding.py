@@ -24,7 +24,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.descent import Pace, Rounding, learnable
 from bittern.calibration.gram import observe_grams, planned_weights
 from bittern.calibration.max import run_max
-from bittern.calibration.pieces import Piece, Pieces, floats, in_half
+from bittern.calibration.pieces import Piece, Pieces, floats, in_half, mean_square
 from bittern.calibration.reduce import reduce_sum
 from bittern.calibration.replay import BlockRun
 from bittern.calibration.weighted import search_range
@@ -141,8 +141,8 @@ class _Task:
     def __init__(self, block: BlockRun, pieces: Pieces, *, half: bool) -> None:
         self._block, self._pieces = block, pieces
         first, mask = floats(block.original(0)), block.mask(0)
-        self._units = [_mean_square(t.float(), mask).clamp_min(_TINY) for t in first]
-        self._half = half
+        self._units = [mean_square(t.float(), mask).clamp_min(_TINY) for t in first]
+        self._half = half and pieces.run_in_half()
 
     def loss(self, step: Sequence[Piece], weights: Mapping[str, Tensor]) -> Tensor:
         """Return the squared error of the outputs, relative to their size, over what counts."""
@@ -162,15 +162,7 @@ class _Task:
         targets = floats(take(block.original(piece.call)))
         mask = take(block.mask(piece.call))
         terms = [
-            _mean_square(out.float() - target.float(), mask) / unit
+            mean_square(out.float() - target.float(), mask) / unit
             for out, target, unit in zip(found, targets, self._units, strict=True)
         ]
         return torch.stack(terms).sum()
-
-
-def _mean_square(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean square over what is no padding."""
-    if mask is None or values.shape[: mask.dim()] != mask.shape:
-        return values.square().mean()
-    counted = values[mask.to(values.device).bool()]
-    return counted.square().sum() / max(counted.numel(), 1)

@@ -61,7 +61,7 @@ def run_svdquant(
     context: CalibrationContext,
     *,
     rank: int = 32,
-    rounds: int = 3,
+    rounds: int = 8,
     search: bool = True,
 ) -> None:
     """Give planned linear layers a low-rank branch, and set all ranges to the largest magnitudes.
