@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import bittern as bt
 from bittern.nn import named_quantizers
+from bittern.testing import run_distributed
 from bittern.training import train_ranges
 
-STEPS, RANKS = 2, 2
+STEPS, TIMEOUT = 2, 120
 
 
 def build() -> nn.Sequential:
@@ -54,40 +50,30 @@ def ranges_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: q.amax for name, q in named_quantizers(model) if q.amax is not None}
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def trained(rank: int, world: int) -> dict[str, torch.Tensor]:
     model = build()
-    train(model, batches()[rank::RANKS], ddp=True)
-    torch.save(ranges_of(model), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    train(model, batches()[rank::world], ddp=True)
+    return ranges_of(model)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks wrote: this file, run twice."""
-    path = tmp_path_factory.mktemp("ranks")
-    ranks = [subprocess.Popen([sys.executable, __file__, str(path), str(r)]) for r in range(RANKS)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0] * RANKS
-    return path
+def ranks() -> list[dict[str, torch.Tensor]]:
+    """The ranges of two ranks."""
+    return run_distributed(trained, timeout=TIMEOUT)
 
 
-def test_two_ranks_have_the_ranges_of_one_process(folder: Path) -> None:
+def test_two_ranks_have_the_ranges_of_one_process(ranks: list[dict[str, torch.Tensor]]) -> None:
     model = build()
     before = {name: value.clone() for name, value in ranges_of(model).items()}
     train(model, batches(), ddp=False)
     expected = ranges_of(model)
     assert all(not torch.equal(value, before[name]) for name, value in expected.items())
-    for rank in range(RANKS):
-        found = torch.load(folder / f"{rank}.pt", weights_only=True)
+    for found in ranks:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_the_ranks_agree_to_the_bit(folder: Path) -> None:
-    first, second = (torch.load(folder / f"{r}.pt", weights_only=True) for r in range(RANKS))
+def test_the_ranks_agree_to_the_bit(ranks: list[dict[str, torch.Tensor]]) -> None:
+    first, second = ranks
     assert all(torch.equal(second[name], value) for name, value in first.items())
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[2]), sys.argv[1])
