@@ -251,7 +251,7 @@ def register_recipes() -> list[RecipeSource]:
         "int4-gptq": "int4 weights in groups of 128, rounded by GPTQ, activations as they are",
         "nvfp4-gptq": "W4A4: nvfp4 weights and activations, weights rounded by GPTQ",
         "int4-best": (
-            "int4 weights in groups of 128, rounding learned for the logits; activations as they are"
+            "int4 in groups of 128, rounding learned for the logits; activations as they are"
         ),
         "nvfp4a16-best": "nvfp4 weights, rounding learned for the logits; activations as they are",
         "nvfp4-best": (
