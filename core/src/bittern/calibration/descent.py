@@ -21,6 +21,7 @@ from bittern.calibration.learned import LearnedWeight
 from bittern.calibration.reduce import reduce_sum
 from bittern.errors import CalibrationError
 from bittern.nn.weights import Reader, quantized_weights
+from bittern.runtime import SILENT, Progress
 
 __all__ = ["Pace", "Rounding", "learnable"]
 
@@ -122,18 +123,24 @@ class Rounding:
         found = {n: p.to(dtypes[n]) for n, p in (learned | self._gains).items()}
         return {**self._fixed, **found}
 
-    def learn(self, losses: Iterator[Callable[[Mapping[str, Tensor]], Tensor]], pace: Pace) -> None:
+    def learn(
+        self,
+        losses: Iterator[Callable[[Mapping[str, Tensor]], Tensor]],
+        pace: Pace,
+        progress: Progress = SILENT,
+    ) -> None:
         """Follow the gradients of one loss after the other.
 
         Args:
             losses: Functions of the weights, one for each step.
             pace: How far each step goes.
+            progress: Shows the steps.
         """
         offsets = [learned.offset for learned in self._learned]
         clips = [clip for learned in self._learned for clip in learned.clips]
         for clip in clips:
             clip.requires_grad_(pace.clip > 0)
-        for step in range(pace.steps):
+        for step in progress.track(range(pace.steps), "learning to round", total=pace.steps):
             left = 1 - step / pace.steps
             with torch.enable_grad():
                 next(losses)(self.weights()).backward()  # type: ignore[no-untyped-call]

@@ -97,7 +97,7 @@ def run_distill_rounding(
         checks = pieces.checks(_CHECKS)
         before = task.error(checks, rounding.weights())
         losses = (partial(task.loss, step) for step in taken)
-        rounding.learn(losses, pace)
+        rounding.learn(losses, pace, context.progress)
         after = task.error(checks, rounding.weights())
         log.info("error of the outputs %.3g, rounded to nearest %.3g", after, before)
         if not after < before:
