@@ -10,7 +10,7 @@ the whole model, and for two more numbers per weight.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -22,8 +22,7 @@ from torch.func import functional_call
 from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.descent import Pace, Rounding, learnable
 from bittern.calibration.gram import planned_weights
-from bittern.calibration.pieces import Piece, Pieces, floats, in_half, mean_square
-from bittern.calibration.reduce import reduce_sum
+from bittern.calibration.pieces import Piece, Pieces, Task, floats, in_half, mean_square
 from bittern.calibration.replay import BlockRun, Call
 from bittern.calibration.rounding import find_start
 from bittern.errors import CalibrationError
@@ -125,7 +124,7 @@ def _mask(call: Call) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-class _Task:
+class _Task(Task):
     """How far the model's outputs are off.
 
     Args:
@@ -144,17 +143,8 @@ class _Task:
         found = (q.transforms for _, q in named_quantizers(calls.module) if originals)
         self._moved = [t for t in found if t is not None and t.pre_scale is not None]
 
-    def loss(self, step: Sequence[Piece], weights: Mapping[str, Tensor]) -> Tensor:
-        """Return how far the outputs are off, over what is no padding."""
-        return torch.stack([self._loss(piece, weights) for piece in step]).mean()
-
-    @torch.no_grad()
-    def error(self, steps: Sequence[Sequence[Piece]], weights: Mapping[str, Tensor]) -> float:
-        """Return the mean loss of some steps, over all ranks."""
-        losses = torch.stack([self.loss(step, weights) for step in steps])
-        return float(reduce_sum({"loss": losses.mean()})["loss"])
-
-    def _loss(self, piece: Piece, weights: Mapping[str, Tensor]) -> Tensor:
+    def of(self, piece: Piece, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return how far the outputs for a piece are off, over what is no padding."""
         model = self._calls.module
         args, kwargs = self._pieces.inputs(piece)
         with in_half(model, half=self._half):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bittern.calibration.reduce import reduce_sum
 from bittern.calibration.replay import BlockRun
 from bittern.errors import CalibrationError
 from bittern.nn import quantizers_off
 
-__all__ = ["Piece", "Pieces", "floats", "in_half", "mean_square"]
+__all__ = ["Piece", "Pieces", "Task", "floats", "in_half", "mean_square"]
 
 log = logging.getLogger("bittern.calibration")
 
@@ -163,6 +165,29 @@ class Pieces:
             except (RuntimeError, IndexError, ValueError):  # shapes that do not fit
                 return False
         return len(alone) == len(whole) and all(map(_near, alone, whole))
+
+
+class Task(ABC):
+    """How far the outputs of a module are off with other weights: what is learned from."""
+
+    @abstractmethod
+    def of(self, piece: Piece, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return it for one piece.
+
+        Args:
+            piece: The rows.
+            weights: Parameters of the module, by name.
+        """
+
+    def loss(self, step: Sequence[Piece], weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean over the pieces of a step."""
+        return torch.stack([self.of(piece, weights) for piece in step]).mean()
+
+    @torch.no_grad()
+    def error(self, steps: Sequence[Sequence[Piece]], weights: Mapping[str, Tensor]) -> float:
+        """Return the mean over some steps and all ranks."""
+        losses = torch.stack([self.loss(step, weights) for step in steps])
+        return float(reduce_sum({"loss": losses.mean()})["loss"])
 
 
 def floats(values: Any) -> list[Tensor]:

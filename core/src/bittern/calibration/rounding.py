@@ -12,7 +12,7 @@ will be, straight through for gradients.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -24,8 +24,7 @@ from bittern.calibration.context import CalibrationContext, Forward
 from bittern.calibration.descent import Pace, Rounding, learnable
 from bittern.calibration.gram import observe_grams, planned_weights
 from bittern.calibration.max import run_max
-from bittern.calibration.pieces import Piece, Pieces, floats, in_half, mean_square
-from bittern.calibration.reduce import reduce_sum
+from bittern.calibration.pieces import Piece, Pieces, Task, floats, in_half, mean_square
 from bittern.calibration.replay import BlockRun
 from bittern.calibration.weighted import search_range
 from bittern.errors import CalibrationError
@@ -129,8 +128,8 @@ def find_start(model: nn.Module, plan: Plan, forward: Forward, context: Calibrat
             search_range(module, quantizer, grams[name], context)
 
 
-class _Task:
-    """How far a block's outputs are off.
+class _Task(Task):
+    """How far a block's outputs are off: their squared error, relative to their size.
 
     Args:
         block: The block.
@@ -144,17 +143,8 @@ class _Task:
         self._units = [mean_square(t.float(), mask).clamp_min(_TINY) for t in first]
         self._half = half and pieces.run_in_half()
 
-    def loss(self, step: Sequence[Piece], weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the squared error of the outputs, relative to their size, over what counts."""
-        return torch.stack([self._loss(piece, weights) for piece in step]).mean()
-
-    @torch.no_grad()
-    def error(self, steps: Sequence[Sequence[Piece]], weights: Mapping[str, Tensor]) -> float:
-        """Return the mean loss of some steps, over all ranks."""
-        losses = torch.stack([self.loss(step, weights) for step in steps])
-        return float(reduce_sum({"loss": losses.mean()})["loss"])
-
-    def _loss(self, piece: Piece, weights: Mapping[str, Tensor]) -> Tensor:
+    def of(self, piece: Piece, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return how far the outputs for a piece are off, over what is no padding."""
         block, take = self._block, partial(self._pieces.take, piece)
         args, kwargs = self._pieces.inputs(piece)
         with in_half(block.module, half=self._half):
